@@ -420,8 +420,15 @@ def test_a_picture_that_cannot_be_is_refused(values: dict[str, Any], words: str)
 
 def test_the_picture_of_the_reference() -> None:
     assert ImageSpec(8, 9).negative == ImageSpec(8, 9, aesthetic_score=2.5)
-    stated = ImageSpec(8, 9, (1, 2), (3, 4), (5, 6), 7.0, (11, 12), (0, 0), (15, 16), 1.0).negative
-    assert (stated.original_size, stated.crop, stated.target_size, stated.aesthetic_score) == (
+    negative = ImageSpec(
+        8, 9, (1, 2), (3, 4), (5, 6), 7.0, (11, 12), (0, 0), (15, 16), 1.0
+    ).negative
+    assert (
+        negative.original_size,
+        negative.crop,
+        negative.target_size,
+        negative.aesthetic_score,
+    ) == (
         (11, 12),
         (0, 0),
         (15, 16),

@@ -76,11 +76,9 @@ def equal(a: Conditioning, b: Conditioning) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-def unmoved(stated: Conditioning, untold: Conditioning) -> bool:
-    """Whether a picture makes no difference, but that `vector` may tell of it where there is none
-    without it (PixArt).
-    """
-    return equal(replace(stated, vector=None) if untold.vector is None else stated, untold)
+def unmoved(with_spec: Conditioning, without: Conditioning) -> bool:
+    """Whether an image spec changes nothing but a `vector` that exists with it only (PixArt)."""
+    return equal(replace(with_spec, vector=None) if without.vector is None else with_spec, without)
 
 
 def test_the_folder_is_the_registry() -> None:
@@ -148,9 +146,9 @@ def test_no_prompt_and_an_empty_one_are_the_null_condition(name: str, count: int
 def test_labels_are_the_names_in_their_order(name: str) -> None:
     conditioner = build(name)
     assert isinstance(conditioner, ClassConditioner)
-    available = list(conditioner.class_names)
-    count = max(len(available), 1)
-    assert equal(conditioner.from_labels(torch.arange(count)), conditioner(available or [None]))
+    class_names = list(conditioner.class_names)
+    count = max(len(class_names), 1)
+    assert equal(conditioner.from_labels(torch.arange(count)), conditioner(class_names or [None]))
 
 
 @every
@@ -228,10 +226,10 @@ def strict(conditioner: Conditioner) -> Conditioner:
     )
 
 
-def refused(call: Any, *inputs: Any) -> str | None:
+def refused(call: Any, *arguments: Any) -> str | None:
     """The sentence in which a call refuses its arguments."""
     try:
-        call(*inputs)
+        call(*arguments)
     except UserError as error:
         return str(error)
     return None

@@ -280,11 +280,11 @@ def test_an_image_is_the_same_in_every_batch(rule: Any, point: tuple[float, floa
 class Toy:
     """A denoiser without a network, whose answer depends on x, t and the condition."""
 
-    def __init__(self, point: Callable[[float], tuple[float, float]], request: list[float]) -> None:
-        self.point, self.request = point, request
+    def __init__(self, point: Callable[[float], tuple[float, float]], times: list[float]) -> None:
+        self.point, self.times = point, times
 
     def __call__(self, x: Tensor, t: float, conditioning: Conditioning) -> Prediction:
-        self.request.append(t)
+        self.times.append(t)
         assert conditioning.vector is not None
         alpha, sigma = self.point(t)
         velocity = 0.5 * x + torch.sin(3 * x + conditioning.vector[:, :1, None, None]) + t
@@ -300,9 +300,9 @@ def flow(t: float) -> tuple[float, float]:
 TIMES = (1.0, 0.8, 0.5, 0.3, 0.1)
 
 
-def run(weight: Any, rule: Any, seed: int, request: list[float]) -> Iterator[Prediction]:
+def run(weight: Any, rule: Any, seed: int, times: list[float]) -> Iterator[Prediction]:
     """Five steps of Euler, one at a time."""
-    denoiser = Toy(flow, request)
+    denoiser = Toy(flow, times)
     conditionings = [
         Conditioning(vector=torch.full((3, 1), float(k))) for k in range(1 + rule.num_baselines)
     ]
@@ -347,14 +347,14 @@ def test_two_weights_at_once_are_two_runs(weight: Any) -> None:
 @every_rule
 @every_weight
 def test_references_are_evaluated_where_they_count_and_nowhere_else(rule: Any, weight: Any) -> None:
-    request: list[float] = []
-    list(run(weight, rule, 0, request))
-    target = [
+    times: list[float] = []
+    list(run(weight, rule, 0, times))
+    expected = [
         t
         for t in TIMES
         for _ in range(1 + rule.num_baselines * (rule.always or weight.active(Moment(t, *flow(t)))))
     ]
-    assert request == target
+    assert times == expected
 
 
 class Sometimes:

@@ -184,15 +184,15 @@ def published_yaml(name: str) -> dict[str, Any]:
 
 def published_file(name: str) -> dict[str, Tensor]:
     """Every key with its shape, from the YAML's own words alone."""
-    sentence = from_yaml(published_yaml(name))
-    unet = {**sentence.parts["unet"], **PUBLISHED[name]["heads"]}
+    original = from_yaml(published_yaml(name))
+    unet = {**original.parts["unet"], **PUBLISHED[name]["heads"]}
     up = {"ResnetDownsampleBlock2D": "ResnetUpsampleBlock2D"}
     unet["up_block_types"] = [
         up.get(k, k.replace("Down", "Up")) for k in reversed(unet["down_block_types"])
     ]
     if "condition" not in PUBLISHED[name]:
         unet |= {"_class_name": "UNet2DModel", "upsample_type": unet["downsample_type"]}
-    vae = dict(sentence.parts["vae"])
+    vae = dict(original.parts["vae"])
     vae["up_block_types"] = [
         k.replace("DownEncoder", "UpDecoder") for k in reversed(vae["down_block_types"])
     ]
@@ -348,12 +348,12 @@ def test_heads_that_do_not_divide_and_notes_that_are_none() -> None:
     for note in ("[]", "{", '{"num_heads": 0}', '{"num_head_channels": "x"}'):
         with pytest.raises(UserError, match=r"its note sfumato\.heads="):
             single.split_tensors(plain(), {"sfumato.heads": note}, "file")
-    settings = (
+    config = (
         single.split_tensors(plain(), {"sfumato.heads": '{"num_heads": 1}'}, "file")
         .components["unet"]
         .config
     )
-    assert settings["attention_head_dim"] is None
+    assert config["attention_head_dim"] is None
 
 
 def test_fields_outside_the_layout_of_a_network_without_tokens() -> None:

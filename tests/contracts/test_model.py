@@ -84,7 +84,7 @@ def watched(model: LatentDiffusion) -> Iterator[list[int]]:
     """The batch sizes of the network's calls."""
     calls: list[int] = []
     handle = model.denoiser.network.register_forward_hook(
-        lambda module, supplied, result: calls.append(len(result))
+        lambda module, inputs, result: calls.append(len(result))
     )
     try:
         yield calls
@@ -384,8 +384,8 @@ def test_timesteps_replace_steps(each: LatentDiffusion, sampler: str) -> None:
     times = each.times(4)
     assert times == [1.0, 0.75, 0.5, 0.25, 0.0]
     expected = latents(each, steps=4, sampler=sampler)
-    for supplied in (times, tuple(times), torch.tensor(times, dtype=torch.float64).tolist()):
-        assert torch.equal(expected, latents(each, timesteps=supplied, sampler=sampler, steps=99))
+    for inputs in (times, tuple(times), torch.tensor(times, dtype=torch.float64).tolist()):
+        assert torch.equal(expected, latents(each, timesteps=inputs, sampler=sampler, steps=99))
     assert not torch.equal(
         expected, latents(each, timesteps=[1.0, 0.6, 0.5, 0.25, 0.0], sampler=sampler)
     )
@@ -1050,7 +1050,7 @@ def broken_at(network: torch.nn.Module, call: int, value: float) -> Iterator[Non
     """One number of the network's output in its call number `call` becomes `value`."""
     count = 0
 
-    def hook(module: object, supplied: object, result: Tensor) -> Tensor | None:
+    def hook(module: object, inputs: object, result: Tensor) -> Tensor | None:
         nonlocal count
         count += 1
         if count != call:
@@ -1157,11 +1157,11 @@ def test_many_requests_get_the_images_of_each_alone(
     calls: list[int] = []
     hook = network.register_forward_hook(lambda module, inputs, y: calls.append(len(y)))
     try:
-        sentence = [
+        requests = [
             {f.name: getattr(r, f.name) for f in fields(r) if getattr(r, f.name) != f.default}
             for r in MIXED
         ]
-        alone = [model.generate(output="latent", **values) for values in sentence]
+        alone = [model.generate(output="latent", **values) for values in requests]
         separate = calls.copy()
         calls.clear()
         together = model.run_many(MIXED, output="latent", batch=rows)

@@ -72,29 +72,29 @@ GROUPS = ("transformer_blocks", "single_transformer_blocks")
 def small(name: str) -> Network:
     """A network of which every weight shows, at rest."""
     config_class = registered()[name][1]
-    available = {f.name for f in fields(config_class)}
-    values = {key: value for key, value in SMALL.items() if key in available} | ONE_OF.get(name, {})
+    names = {f.name for f in fields(config_class)}
+    values = {key: value for key, value in SMALL.items() if key in names} | ONE_OF.get(name, {})
     network = random_network(lambda: build(config_class(**values)))
     assert isinstance(network, Network)
     return network.requires_grad_(True)
 
 
-def settings(network: Network, n: int, size: tuple[int, int]) -> Conditioning:
+def conditions(network: Network, n: int, size: tuple[int, int]) -> Conditioning:
     """Something through every door that the network has."""
     width, vector = network.token_width, network.vector_width
     if network.classes:
-        arguments = torch.eye(network.classes)[torch.arange(n) % network.classes]
+        vectors = torch.eye(network.classes)[torch.arange(n) % network.classes]
     else:
-        arguments = None if vector is None else 30 * normal(n, vector, seed=1).abs()
+        vectors = None if vector is None else 30 * normal(n, vector, seed=1).abs()
     if network.guidance_embeds:
         strength = 3 + torch.arange(n, dtype=torch.float32)[:, None]
-        arguments = strength if arguments is None else torch.cat([arguments, strength], 1)
+        vectors = strength if vectors is None else torch.cat([vectors, strength], 1)
     extra = network.in_channels - network.channels
     return Conditioning(
         tokens=None
         if width is None
         else normal(n, 5, width if isinstance(width, int) else width[0], seed=2),
-        vector=arguments,
+        vector=vectors,
         concat=normal(n, extra, *size, seed=3) if extra > 0 else None,
     )
 
@@ -105,7 +105,7 @@ def inputs(
     return (
         normal(n, network.channels, *size),
         1000 * (torch.arange(n) + 0.5) / n,
-        settings(network, n, size),
+        conditions(network, n, size),
     )
 
 
@@ -421,14 +421,14 @@ def test_layers_that_are_not_there_are_refused_by_those_that_are(name: str) -> N
         if hasattr(network, "single_transformer_blocks")
         else "transformer_blocks"
     )
-    for kind, message in (
+    for kind, label in (
         (PerturbedAttention, "layer with self-attention"),
         (SkipLayers, "layer that can be left out"),
     ):
         for wrong in (f"{last}.2", f"{last}.1-2", f"{last}.1-0", "proj_out"):
             with pytest.raises(
                 UserError,
-                match=rf"^unknown {message} '\w+[.0-9-]*': .*known are .*\b{last}\.0-1, "
+                match=rf"^unknown {label} '\w+[.0-9-]*': .*known are .*\b{last}\.0-1, "
                 rf"{last}\.0-1\.attn",
             ):
                 weakened(network, kind((wrong,)), cond)

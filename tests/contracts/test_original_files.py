@@ -303,31 +303,31 @@ def sd2() -> dict[str, Tensor]:
 
 
 def test_the_parameterization_comes_from_caller_file_or_default(tmp_path: Path) -> None:
-    def options(
-        notes: dict[str, str] | None = None, inputs: str | None = None, **extra: Tensor
+    def detected(
+        notes: dict[str, str] | None = None, prediction: str | None = None, **extra: Tensor
     ) -> tuple[str, int]:
         result = single.split_tensors(
-            sd2() | extra, notes or {}, "file", ReadOptions(prediction_type=inputs)
+            sd2() | extra, notes or {}, "file", ReadOptions(prediction_type=prediction)
         )
         return result.schedulers["scheduler"]["prediction_type"], result.components["unet"].config[
             "sample_size"
         ]
 
-    assert options() == ("v_prediction", 96)
-    assert options(inputs="epsilon") == ("epsilon", 64)
-    assert options({"modelspec.prediction_type": "epsilon"}) == ("epsilon", 64)
-    assert options({"modelspec.prediction_type": "epsilon"}, inputs="v_prediction") == (
+    assert detected() == ("v_prediction", 96)
+    assert detected(prediction="epsilon") == ("epsilon", 64)
+    assert detected({"modelspec.prediction_type": "epsilon"}) == ("epsilon", 64)
+    assert detected({"modelspec.prediction_type": "epsilon"}, prediction="v_prediction") == (
         "v_prediction",
         96,
     )
-    assert options({"modelspec.architecture": "stable-diffusion-v2-512"}) == ("epsilon", 64)
-    assert options({"modelspec.architecture": "stable-diffusion-v2-768-v"}) == ("v_prediction", 96)
+    assert detected({"modelspec.architecture": "stable-diffusion-v2-512"}) == ("epsilon", 64)
+    assert detected({"modelspec.architecture": "stable-diffusion-v2-768-v"}) == ("v_prediction", 96)
     torch.save({"global_step": 875000, "state_dict": sd2()}, tmp_path / "base.ckpt")
     assert (
         single.split(tmp_path / "base.ckpt").schedulers["scheduler"]["prediction_type"] == "epsilon"
     )
     with pytest.raises(UserError, match="note modelspec"):
-        options({"modelspec.prediction_type": "banana"})
+        detected({"modelspec.prediction_type": "banana"})
     with pytest.raises(UserError, match="unknown prediction_type"):
         ReadOptions(prediction_type="flow")
     result = single.split_tensors(
@@ -491,7 +491,7 @@ model:
 """
 
 
-def sentence(**changes: tuple[str, str]) -> OriginalConfig:
+def changed_yaml(**changes: tuple[str, str]) -> OriginalConfig:
     import yaml
 
     text = YAML
@@ -508,7 +508,7 @@ def test_yaml_sets_fields_that_keys_do_not_determine(tmp_path: Path) -> None:
     assert result.components["unet"].config["attention_head_dim"] == [1, 2]
     assert result.components["vae"].config["scaling_factor"] == 1.0
     assert result.schedulers["scheduler"]["prediction_type"] == "epsilon"
-    more = sentence(
+    more = changed_yaml(
         a=("num_head_channels: 32", "num_heads: 4"),
         b=("image_size: 8\n", "image_size: 8\n    parameterization: v\n    scale_factor: 0.5\n"),
     )
@@ -533,7 +533,7 @@ def test_yaml_sets_fields_that_keys_do_not_determine(tmp_path: Path) -> None:
 def test_a_yaml_of_another_model_is_refused(old: str, new: str, message: str) -> None:
     with pytest.raises(UserError, match=f"not the model of the YAML.*{message}"):
         single.split_tensors(
-            ldm_class(), {}, "file", ReadOptions(original_config=sentence(a=(old, new)))
+            ldm_class(), {}, "file", ReadOptions(original_config=changed_yaml(a=(old, new)))
         )
 
 
@@ -559,7 +559,7 @@ def test_a_yaml_of_another_model_is_refused(old: str, new: str, message: str) ->
 )
 def test_unknown_targets_and_parameters_are_refused(old: str, new: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        sentence(a=(old, new))
+        changed_yaml(a=(old, new))
 
 
 def test_damaged_yaml(tmp_path: Path) -> None:

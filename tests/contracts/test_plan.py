@@ -151,7 +151,7 @@ def test_a_plan_raises_the_errors_of_a_run(
 ) -> None:
     """The same sentence from a model without weights, from one with them, and from a run."""
     request = {"prompt": "bag", **values}
-    message = []
+    messages = []
     acts: list[Callable[[], object]] = [
         lambda: empty.plan(request),
         lambda: model.plan(request),
@@ -160,8 +160,8 @@ def test_a_plan_raises_the_errors_of_a_run(
     for act in acts:
         with pytest.raises(UserError, match=words) as caught:
             act()
-        message.append(str(caught.value))
-    assert len(set(message)) == 1
+        messages.append(str(caught.value))
+    assert len(set(messages)) == 1
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def both(*changes: Change) -> Change:
     return lambda folder: [change(folder) for change in changes]
 
 
-CONFIG, TOKENIZER, ACTUAL = (
+CONFIG, TOKENIZER, CONDITIONER = (
     "text_encoder/config.json",
     "tokenizer/tokenizer_config.json",
     "conditioner/config.json",
@@ -105,11 +105,11 @@ BAD: list[tuple[str, Change, str]] = [
     ("pixart_alpha", weights(lambda t: t.update({NORM: torch.full((48,), torch.inf)})),
      "final_layer_norm.weight has NaN or infinite numbers"),
     ("pixart_alpha", pickled({"code": print}), "is refused: it is a pickle that wants to run code"),
-    ("pixart_alpha", table(ACTUAL, _class_name="clip_text"),
+    ("pixart_alpha", table(CONDITIONER, _class_name="clip_text"),
      "of class 'clip_text': expected t5_text, as the folder has its text encoders"),
-    ("pixart_alpha", table(ACTUAL, _class_name="t5_text", clean=True),
+    ("pixart_alpha", table(CONDITIONER, _class_name="t5_text", clean=True),
      "config field clean=True is not known to T5TextConfig"),
-    ("pixart_alpha", table(ACTUAL, _class_name="t5_text", max_sequence_length=1),
+    ("pixart_alpha", table(CONDITIONER, _class_name="t5_text", max_sequence_length=1),
      "max_sequence_length=1: expected a whole number of at least 2"),
     # SD 3
     ("sd3", gone("text_encoder_2"), "text_encoder_2/config.json is missing"),
@@ -118,7 +118,7 @@ BAD: list[tuple[str, Change, str]] = [
      "expected clip_text_model, CLIPTextModelWithProjection"),
     ("sd3", table("tokenizer/tokenizer_config.json", model_max_length=50),
      "text encoders read 50 and 77 tokens: use parts of one model"),
-    ("sd3", table(ACTUAL, _class_name="sd3_text", joint_attention_dim=64),
+    ("sd3", table(CONDITIONER, _class_name="sd3_text", joint_attention_dim=64),
      "joint_attention_dim=64, T5 is 48 wide: use parts of one model"),
     ("sd3_without_t5", gone("transformer"),
      "SD 3 without T5: expected the setting joint_attention_dim"),
@@ -131,7 +131,7 @@ BAD: list[tuple[str, Change, str]] = [
     ("flux", table(CONFIG, architectures=["CLIPTextModelWithProjection"]),
      "expected clip_text_model, CLIPTextModel"),
     ("flux", gone("tokenizer_2"), "tokenizer_2 has no tokenizer: expected T5's"),
-    ("flux", table(ACTUAL, _class_name="flux_text", truncation="chunks"),
+    ("flux", table(CONDITIONER, _class_name="flux_text", truncation="chunks"),
      "unknown truncation 'chunks': known are cut, refuse"),
     # FLUX.2
     ("flux2_dev", gone("text_encoder"), "text_encoder/config.json is missing"),
@@ -156,9 +156,9 @@ BAD: list[tuple[str, Change, str]] = [
      r"keys 1 missing \(model.language_model.norm.weight\)"),
     ("flux2_dev", weights(lambda t: t.update({TOP: torch.full((12,), torch.nan)})),
      "norm.weight has NaN or infinite numbers"),
-    ("flux2_dev", table(ACTUAL, _class_name="flux2_text", layers=[10, 32]),
+    ("flux2_dev", table(CONDITIONER, _class_name="flux2_text", layers=[10, 32]),
      r"layers=\[10, 32\]: the language model has 31"),
-    ("flux2_dev", table(ACTUAL, _class_name="flux2_text", system=""),
+    ("flux2_dev", table(CONDITIONER, _class_name="flux2_text", system=""),
      "config field system='' is not known to Flux2TextConfig"),
     ("flux2_klein", table(CONFIG, num_experts=3),
      "num_experts=3 is not known to this language model"),
@@ -352,7 +352,7 @@ def test_settings_come_back_from_the_folder(
     replace(opened[kind], config=config).save(tmp_path)
     result = named(kind).from_folder(tmp_path)
     assert result.config == config and result.to_config() == json.loads(
-        (tmp_path / ACTUAL).read_text()
+        (tmp_path / CONDITIONER).read_text()
     )
     assert result.identity() != opened[kind].identity()
 
@@ -407,7 +407,7 @@ def test_a_setting_of_any_value_is_taken_or_refused(
     config: Any, field: str, value: Any, tmp_path: Path
 ) -> None:
     """By way of conditioner/config.json, as users write it."""
-    table(ACTUAL, _class_name="sfumato", **{field: value})(tmp_path)
+    table(CONDITIONER, _class_name="sfumato", **{field: value})(tmp_path)
     try:
         result = read_settings(config, "sfumato", tmp_path, {})
     except UserError as error:

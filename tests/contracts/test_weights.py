@@ -34,12 +34,12 @@ def test_one_wrong_number_is_detected(
         },
     )
     tensors = read_tensors(file)
-    message = []
+    messages = []
     for look in (lambda: looked_at([file], tensors, dtype), lambda: require_finite(tensors, file)):
         with pytest.raises(UserError, match=r"b\.weight has NaN or infinite numbers") as error:
             look()
-        message.append(str(error.value))
-    assert message[0] == message[1]
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

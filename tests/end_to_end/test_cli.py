@@ -159,7 +159,7 @@ def test_every_flag_reaches_the_model_and_the_png(stub: dict[str, StubModel]) ->
         "--negative-prompt sole --height 4 --width 6 --seed 9 --out a/b.png"
     )
     assert run("generate", "boot", *flags.split()) == 0
-    options = {
+    request = {
         "prompt": "boot",
         "negative_prompt": "sole",
         "n": 2,
@@ -171,9 +171,9 @@ def test_every_flag_reaches_the_model_and_the_png(stub: dict[str, StubModel]) ->
         "height": 4,
         "width": 6,
     }
-    assert stub["other"].requests == [options]
+    assert stub["other"].requests == [request]
     recorded = read_parameters("a/b.png")
-    assert options.items() <= recorded.items()
+    assert request.items() <= recorded.items()
     assert {
         "index": None,
         "grid": True,

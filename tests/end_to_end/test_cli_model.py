@@ -75,25 +75,25 @@ def test_dtype_and_device_are_options_and_stored(
     """The library's pictures in that dtype, again by --from, and in another dtype when that is
     asked for.
     """
-    options = ["generate", "bag", "--model", str(tiny), "--n", "1", "--steps", "6"]
-    assert main([*options, "--dtype", "bf16", "--device", "cpu", "--out", "half.png"]) == 0
+    arguments = ["generate", "bag", "--model", str(tiny), "--n", "1", "--steps", "6"]
+    assert main([*arguments, "--dtype", "bf16", "--device", "cpu", "--out", "half.png"]) == 0
     (expected,) = load(tiny, dtype=torch.bfloat16).optimized().generate("bag", n=1, steps=6)
     assert np.array_equal(pixels("half.png"), np.asarray(expected))
     assert main(["generate", "--from", "half.png"]) == 0
     assert (pixels("half-again.png") == pixels("half.png")).all()
-    settings = read_parameters("half-again.png")
-    assert (settings["dtype"], settings["device"], settings["model_hash"]) == (
+    recorded = read_parameters("half-again.png")
+    assert (recorded["dtype"], recorded["device"], recorded["model_hash"]) == (
         "bf16",
         "cpu",
         load(tiny, dtype=torch.bfloat16).hash,
     )
     assert main(["generate", "--from", "half.png", "--dtype", "fp32", "--out", "whole.png"]) == 0
-    assert main([*options, "--out", "plain.png"]) == 0
+    assert main([*arguments, "--out", "plain.png"]) == 0
     assert (pixels("whole.png") == pixels("plain.png")).all() and "dtype" not in read_parameters(
         "plain.png"
     )
     capsys.readouterr()
-    assert main([*options, "--device", "nowhere"]) == 2
+    assert main([*arguments, "--device", "nowhere"]) == 2
     assert "device 'nowhere' cannot be used" in capsys.readouterr().err
 
 

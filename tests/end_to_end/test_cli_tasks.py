@@ -112,10 +112,10 @@ def test_pictures_of_tasks_are_not_made_again_by_generate(
 
 
 def test_tasks_record_their_dtype(tiny: Path) -> None:
-    options = ["edit", "photo.png", "boot", "--model", str(tiny), "--seed", "2"]
+    arguments = ["edit", "photo.png", "boot", "--model", str(tiny), "--seed", "2"]
     assert (
-        main([*options, "--dtype", "bf16", "--out", "half.png"]) == 0
-        and main([*options, "--out", "whole.png"]) == 0
+        main([*arguments, "--dtype", "bf16", "--out", "half.png"]) == 0
+        and main([*arguments, "--out", "whole.png"]) == 0
     )
     half, whole = read_parameters("half.png"), read_parameters("whole.png")
     assert (
@@ -244,15 +244,15 @@ def test_requests_of_tasks_share_passes_with_others(tiny: Path) -> None:
     """A task is a request: `sample_many` answers it beside others, bit for bit as alone."""
     model, picture, mask = load(tiny), Image.open("photo.png"), Image.open("mask.png")
     words = Request("boot", n=2, steps=4, seed=5, sampler="ddpm")
-    options = [
+    requests = [
         image_to_image(model, picture, words, strength=0.5),
         inpaint(model, picture, mask, words),
         outpaint(model, picture, words, left=4),
         Request("bag", steps=3),
     ]
     for one, result in zip(
-        (model.run(r, output="tensor") for r in options),
-        model.run_many(options, output="tensor"),
+        (model.run(r, output="tensor") for r in requests),
+        model.run_many(requests, output="tensor"),
         strict=True,
     ):
         assert torch.equal(one, result)

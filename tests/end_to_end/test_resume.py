@@ -205,7 +205,7 @@ FILE_EVENTS = {
 }
 
 
-def die_before(desired: Callable[[int, str, tuple[Any, ...]], bool]) -> Callable[[], None]:
+def die_before(reached: Callable[[int, str, tuple[Any, ...]], bool]) -> Callable[[], None]:
     """Kills this process just before it touches the file system, when wanted(how many times it did,
     event, arguments).
 
@@ -217,7 +217,7 @@ def die_before(desired: Callable[[int, str, tuple[Any, ...]], bool]) -> Callable
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal seen
         if seen >= 0 and event in FILE_EVENTS:
-            if desired(seen, event, arguments):
+            if reached(seen, event, arguments):
                 die()
             seen += 1
 
@@ -359,16 +359,16 @@ def test_a_run_killed_during_a_save_goes_on_bit_for_bit(
     kind: str, moment: str, tmp_path: Path, reference: Callable[[str], Path]
 ) -> None:
     def work() -> None:
-        desired, save, count = MOMENTS[moment], checkpoint.save, 0
+        reached, save, count = MOMENTS[moment], checkpoint.save, 0
 
         def saving(*inputs: Any, **options: Any) -> None:
             nonlocal count
             count += 1
             if count == 3:
-                if desired is None:
+                if reached is None:
                     safetensors.torch.save_file = half_a_file
                 else:
-                    die_before(desired)()
+                    die_before(reached)()
             save(*inputs, **options)
 
         checkpoint.save = saving
@@ -500,13 +500,13 @@ def test_a_kill_at_any_access_leaves_the_old_folder_or_the_new(
 
 
 def test_folders_of_running_processes_are_not_swept(tmp_path: Path) -> None:
-    actual, peer, gone = (
+    own, parent, gone = (
         tmp_path / f".a.{pid}.tmp" for pid in (os.getpid(), os.getppid(), wait_for_a_number())
     )
-    for folder in (actual, peer, gone, tmp_path / ".hidden"):
+    for folder in (own, parent, gone, tmp_path / ".hidden"):
         folder.mkdir()
     recover(tmp_path)
-    assert sorted(f.name for f in tmp_path.iterdir()) == sorted([peer.name, ".hidden"])
+    assert sorted(f.name for f in tmp_path.iterdir()) == sorted([parent.name, ".hidden"])
 
 
 def wait_for_a_number() -> int:
@@ -569,8 +569,8 @@ def test_the_command_line_killed_from_outside_goes_on_bit_for_bit(tmp_path: Path
         )
 
     whole = command("whole")
-    _, stated = whole.communicate()
-    assert whole.returncode == 0, stated.decode()
+    _, output = whole.communicate()
+    assert whole.returncode == 0, output.decode()
     killed = command("killed")
     while (
         not checkpoint.steps(tmp_path / "killed" / "autoencoder" / "checkpoints")
@@ -582,8 +582,8 @@ def test_the_command_line_killed_from_outside_goes_on_bit_for_bit(tmp_path: Path
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL, "it was done before the kill: train for more steps"
     again = command("killed")
-    _, stated = again.communicate()
-    assert again.returncode == 0, stated.decode()
+    _, output = again.communicate()
+    assert again.returncode == 0, output.decode()
     a, b = tmp_path / "whole" / "autoencoder", tmp_path / "killed" / "autoencoder"
     names = [f.relative_to(a) for f in sorted(a.rglob("*.safetensors"))]
     assert len(names) == 2 * 5 + 1  # two checkpoints and the finished autoencoder
@@ -753,9 +753,9 @@ def test_a_full_disk_during_a_save_loses_nothing(
         with pytest.raises(
             NotWritten,
             match=r"could not write .*step-00000004: .*No space left on device.*free some space",
-        ) as stated:
+        ) as error:
             run(kind, tmp_path)
-    assert ".tmp" not in str(stated.value)
+    assert ".tmp" not in str(error.value)
     assert checkpoint.steps(tmp_path / "checkpoints") == [2] and leftovers(tmp_path) == []
     run(kind, tmp_path)
     assert_same_run(tmp_path, reference(kind))

@@ -287,14 +287,14 @@ def test_a_series_between_a_short_and_a_long_prompt(family: str, folders: dict[s
     them.
     """
     model, long = actual(folders[family]), " ".join(["a red dog"] * 50)
-    options = Request("a cat", n=3, steps=3, guidance=SCALE, seed=4)
-    series = model.run(interpolate(options, to_prompt=long), output="tensor")
+    request = Request("a cat", n=3, steps=3, guidance=SCALE, seed=4)
+    series = model.run(interpolate(request, to_prompt=long), output="tensor")
     for result, words in ((series[0], "a cat"), (series[-1], long)):
         assert (
-            result - model.run(replace(options, n=1, prompt=words), output="tensor")[0]
+            result - model.run(replace(request, n=1, prompt=words), output="tensor")[0]
         ).abs().max() < 1e-5
     assert not torch.equal(series[0], series[1]) and not torch.equal(series[1], series[2])
-    near = replace(options, n=2, prompt_mix=(long, [0.0, 1e-4]), noise_mix=([4, 4], [0.0, 0.0]))
+    near = replace(request, n=2, prompt_mix=(long, [0.0, 1e-4]), noise_mix=([4, 4], [0.0, 0.0]))
     first, beside = model.run(near, output="tensor")
     assert 0 < (first - beside).abs().max() < 1e-2
 
@@ -338,23 +338,23 @@ def test_commands_with_text_models(
         "--model",
         str(folders["SDXL"]),
     ]
-    options = Request(
+    request = Request(
         "a cat", steps=4, prompt_2="a red dog", negative_prompt="dog", negative_prompt_2="red"
     )
     assert main(["generate", *words, *out]) == 0
-    assert same(made, xl.run(options)[0]) and read_parameters(made)["prompt_2"] == "a red dog"
+    assert same(made, xl.run(request)[0]) and read_parameters(made)["prompt_2"] == "a red dog"
     assert main(
         ["generate", "--from", str(made), "--out", str(tmp_path / "again.png")]
-    ) == 0 and same(tmp_path / "again.png", xl.run(options)[0])
+    ) == 0 and same(tmp_path / "again.png", xl.run(request)[0])
     assert (
         main(["generate", *words, *out, "--refiner", str(folders["refiner"]), "--handover", "0.5"])
         == 0
     )
-    assert same(made, second.run(refine(xl, second, options, at=0.5))[0])
+    assert same(made, second.run(refine(xl, second, request, at=0.5))[0])
     assert main(["edit", photo, *words, *out, "--strength", "0.5"]) == 0, (
         "style transfer: an ordinary model and a description"
     )
-    assert same(made, xl.run(image_to_image(xl, picture_of(photo), options, strength=0.5))[0])
+    assert same(made, xl.run(image_to_image(xl, picture_of(photo), request, strength=0.5))[0])
     for arguments, message in (
         (
             ["edit", photo, "red", "--strength", "0.5", "--model", str(folders["InstructPix2Pix"])],

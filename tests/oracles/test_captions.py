@@ -44,10 +44,10 @@ class Letters(Conditioner):
     name = "letters"
 
     def __init__(self, masked: bool = True):
-        self.masked, self.options = masked, []
+        self.masked, self.prompts = masked, []
 
     def encode(self, prompts: Sequence[str | None], image_spec: Any, second: Any) -> Conditioning:
-        self.options += prompts
+        self.prompts += prompts
         codes = [[float(ord(c)) for c in f"^{p or ''}"] for p in prompts]
         tokens = torch.tensor([c + [-1e3] * (12 - len(c)) for c in codes])[
             ..., None
@@ -61,10 +61,13 @@ class Letters(Conditioner):
 
 def test_every_caption_is_read_once_and_indexed() -> None:
     captions, reader = ["abc", "", "z", "abc", "abcdef"], Letters()
-    settings = Captions(reader, captions, batch_size=2)
-    assert sorted(reader.options) == ["", "abc", "abcdef", "z"]
+    conditioner = Captions(reader, captions, batch_size=2)
+    assert sorted(reader.prompts) == ["", "abc", "abcdef", "z"]
     numbers = torch.tensor([4, 0, 3, 1, 2, 2])
-    result, expected = settings.from_labels(numbers), Letters()([captions[int(k)] for k in numbers])
+    result, expected = (
+        conditioner.from_labels(numbers),
+        Letters()([captions[int(k)] for k in numbers]),
+    )
     assert (
         result.tokens is not None
         and result.mask is not None
@@ -76,7 +79,7 @@ def test_every_caption_is_read_once_and_indexed() -> None:
         result.mask, expected.mask[:, :7]
     )
     assert not expected.mask[:, 7:].any()
-    nothing = settings.null(3)
+    nothing = conditioner.null(3)
     assert nothing.tokens is not None and torch.equal(
         nothing.tokens, Letters()(["", "", ""]).tokens[:, :7]
     )  # pyright: ignore

@@ -167,9 +167,9 @@ def test_log_snr_and_timestep_have_inverses(kind: str, t: float, steps: int) -> 
     )
     assert float(chosen.from_log_snr(chosen.log_snr(t))) == pytest.approx(t, abs=1e-7)
     # networks know no noise below the first
-    available = max(t, chosen.first if chosen.grid or kind in EXPLODING else 0.0)
+    nearest = max(t, chosen.first if chosen.grid or kind in EXPLODING else 0.0)
     assert float(chosen.time(chosen.timestep(torch.tensor(t, dtype=F64)))) == pytest.approx(
-        available, abs=1e-7
+        nearest, abs=1e-7
     )
     many = torch.tensor([[t, 0.5], [1.0, t / 2]], dtype=F64)
     assert torch.allclose(chosen.from_log_snr(chosen.log_snr(many)), many, atol=1e-7)  # any shape

@@ -122,7 +122,7 @@ def test_larger_pictures_are_shifted_further() -> None:
         all(b > a for a, b in zip(small[1:-1], large[1:-1], strict=True))
         and small[0] == large[0] == 1
     )
-    message = list(
+    dynamic = list(
         model.plan(
             Request(
                 steps=4,
@@ -132,7 +132,7 @@ def test_larger_pictures_are_shifted_further() -> None:
             )
         ).timesteps
     )
-    assert message == large
+    assert dynamic == large
 
 
 def test_a_saved_model_keeps_its_dynamic_shift(tmp_path: Path) -> None:

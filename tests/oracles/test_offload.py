@@ -413,14 +413,14 @@ def test_t5(tmp_path: Path, dtype: torch.dtype) -> None:
 def test_threads_do_not_take_each_others_weights(tmp_path: Path) -> None:
     path = tmp_path / "deep.safetensors"
     network = deep(path, torch.bfloat16, 128, 8)
-    options = [torch.randn(4, 128) for _ in range(4)]
-    expected = [copy.deepcopy(network).float()(x) for x in options]
+    inputs = [torch.randn(4, 128) for _ in range(4)]
+    expected = [copy.deepcopy(network).float()(x) for x in inputs]
     stream_weights(network, MemoryBudget(1, CPU), torch.float32, path)
     result: dict[int, bool] = {}
 
     @torch.inference_mode()
     def run(k: int) -> None:
-        result[k] = all(torch.equal(network(options[k]), expected[k]) for _ in range(10))
+        result[k] = all(torch.equal(network(inputs[k]), expected[k]) for _ in range(10))
 
     threads = [threading.Thread(target=run, args=(k,)) for k in range(4)]
     for thread in threads:
@@ -696,15 +696,15 @@ def test_memory_report(
     folders: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = folders["text", "bfloat16"]
-    message = report(folder)
-    assert message is not None and report(Path("owner/name")) is None
-    ways, parts = message["ways"], parts_of(folder)
+    memory = report(folder)
+    assert memory is not None and report(Path("owner/name")) is None
+    ways, parts = memory["ways"], parts_of(folder)
     numbers, largest = (
         sum(p.numbers for p in parts.values()),
         max(p.largest for p in parts.values()),
     )
     for dtype, width in (("float32", 4), ("bfloat16", 2)):
-        beside = max(message["beside"][dtype].values())
+        beside = max(memory["beside"][dtype].values())
         assert ways[f"in memory, {dtype}"]["needs"] == width * numbers + beside
         assert ways[f"streamed, {dtype}"]["needs"] == 2 * width * largest + beside
     monkeypatch.setattr(
@@ -755,7 +755,7 @@ def test_info_tells_it(
 def test_generate_streams(
     folders: dict[tuple[str, str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [
+    arguments = [
         "generate",
         "bag",
         "--model",
@@ -766,14 +766,16 @@ def test_generate_streams(
         "1",
     ]
     outs = [tmp_path / "plain.png", tmp_path / "streamed.png"]
-    assert main([*options, "--out", str(outs[0])]) == 0
+    assert main([*arguments, "--out", str(outs[0])]) == 0
     assert "of memory" not in capsys.readouterr().out
-    assert main([*options, "--out", str(outs[1]), "--memory", "64GB"]) == 0
+    assert main([*arguments, "--out", str(outs[1]), "--memory", "64GB"]) == 0
     assert "at most" in (text := capsys.readouterr().out) and text.rstrip().endswith("of memory")
     assert outs[0].read_bytes() == outs[1].read_bytes(), (
         "also what the PNG remembers: it is the same request"
     )
-    assert main([*options, "--memory", "lots"]) == 2 and main([*options, "--memory", "1MB"]) == 2
+    assert (
+        main([*arguments, "--memory", "lots"]) == 2 and main([*arguments, "--memory", "1MB"]) == 2
+    )
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2 and "'3GB'" in errors[0] and "too little" in errors[1]
 

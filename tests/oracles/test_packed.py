@@ -57,7 +57,7 @@ def unet(name: str, dtype: torch.dtype = torch.float32) -> UNet:
     return randomised(UNet(config)).to(dtype).requires_grad_(True)
 
 
-def options(count: int, *size: int) -> tuple[Tensor, Tensor, Conditioning]:
+def inputs(count: int, *size: int) -> tuple[Tensor, Tensor, Conditioning]:
     generator = torch.Generator().manual_seed(1)
     x, tokens = (
         torch.randn(count, 3, *size, generator=generator),
@@ -80,7 +80,7 @@ def test_the_same_to_rounding(name: str, size: tuple[int, int]) -> None:
         assert not any(isinstance(m, Winograd) for m in coarse.modules()), (
             "they round more there: only where they save most"
         )
-    x, t, cond = options(2, *size)
+    x, t, cond = inputs(2, *size)
     expected, result = network(x, t, cond), quick(x, t, cond)
     assert (result - expected).abs().max() < 1e-5 * expected.abs().max()
 
@@ -91,7 +91,7 @@ def test_the_same_to_rounding(name: str, size: tuple[int, int]) -> None:
 def test_bits_do_not_depend_on_the_batch(name: str) -> None:
     quick = prepack(unet(name))
     for size in ((8, 8), (40, 36)):
-        x, t, cond = options(5, *size)
+        x, t, cond = inputs(5, *size)
         together = quick(x, t, cond)
         for i in (0, 4):
             assert torch.equal(quick(x[i : i + 1], t[i : i + 1], cond[i : i + 1])[0], together[i])
@@ -104,9 +104,9 @@ def test_the_plain_weights_come_back(dtype: torch.dtype, name: str) -> None:
     if not can_prepack(network):
         pytest.skip(f"this processor has no products of {dtype}")
     quick = prepack(network)
-    inputs, result = network.state_dict(), quick.state_dict()
-    assert list(result) == list(inputs)
-    assert all(torch.equal(result[k], inputs[k]) and result[k].dtype == dtype for k in inputs)
+    before, after = network.state_dict(), quick.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[k], before[k]) and after[k].dtype == dtype for k in before)
     assert sum(p.numel() for p in quick.parameters()) == sum(
         p.numel() for p in network.parameters()
     )
@@ -117,7 +117,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_network() -> None:
     network = unet("convolutions around transformers", torch.bfloat16)
     if not can_prepack(network):
         pytest.skip("this processor has no products of bfloat16")
-    x, t, cond = options(2, 16, 16)
+    x, t, cond = inputs(2, 16, 16)
     small, narrow = x.bfloat16(), cond.to("cpu", torch.bfloat16)
     wide = Conditioning(tokens=None if narrow.tokens is None else narrow.tokens.float())
     quick = prepack(network)(small, t, narrow).float()
@@ -172,7 +172,7 @@ def test_it_is_a_copy_for_inference() -> None:
     that would be silently wrong.
     """
     network = unet("convolutions around transformers")
-    quick, (x, t, cond) = prepack(network), options(1, 8, 8)
+    quick, (x, t, cond) = prepack(network), inputs(1, 8, 8)
     with torch.no_grad():
         before = quick(x, t, cond)
         for p in network.parameters():
@@ -216,7 +216,7 @@ def test_a_copy_of_a_compiled_network_is_its_own() -> None:
     """Guidance weakens copies; one that still called the compiled network would not be weaker, and
     nobody would see it.
     """
-    network, (x, t, cond) = unet("convolutions around transformers"), options(1, 8, 8)
+    network, (x, t, cond) = unet("convolutions around transformers"), inputs(1, 8, 8)
     changed, expected = copy.deepcopy(compile_network(network)), copy.deepcopy(network)
     for one in (changed, expected):
         one.get_parameter("conv_out.bias").add_(1)

@@ -96,10 +96,10 @@ def recipe(
 @pytest.mark.parametrize("name", NETWORKS)
 def test_any_network_is_trained_by_a_recipe(name: str, place: Path, tmp_path: Path) -> None:
     """The folder opens, and draws a picture of training's size if nobody says another."""
-    network, text, settings = NETWORKS[name]
+    network, text, expected = NETWORKS[name]
     folder = recipe(place, network, text).run(tmp_path / "run")
     config = json.loads((folder / "transformer" / "config.json").read_text())
-    assert {key: config[key] for key in settings} == settings
+    assert {key: config[key] for key in expected} == expected
     model = sfumato.load(folder)
     assert model.class_names == (() if text else ("blue", "red")) and model.sample_size == 16
     (picture,) = model.generate(captioned_images.WORDS[0] if text else "red")

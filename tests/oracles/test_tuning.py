@@ -155,12 +155,9 @@ def test_the_command_stores_times_that_generate_uses(
         sfumato.cli.main(["tune-timesteps", str(tmp_path / "model"), "--steps", "2", "3", *few])
         == 0
     )
-    message = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        "tuned" in message
-        and "trailing" in message
-        and "2 steps" in message
-        and "3 steps" in message
+        "tuned" in output and "trailing" in output and "2 steps" in output and "3 steps" in output
     )
     notes = json.loads((tmp_path / "model" / "model_index.json").read_text())["_sfumato"][
         "defaults"
