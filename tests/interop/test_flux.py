@@ -77,7 +77,7 @@ SIZES = [(8, 8), (4, 10), (7, 5)]
 T = torch.tensor([1000.0, 250.0])
 
 
-def peer(name: str) -> Any:
+def peer_of(name: str) -> Any:
     """diffusers' model with weights large enough that every one of them shows."""
     kind = (
         diffusers.FluxTransformer2DModel if "FLUX.1" in name else diffusers.Flux2Transformer2DModel
@@ -85,17 +85,17 @@ def peer(name: str) -> Any:
     return random_network(lambda: kind(**FLUX[name]))
 
 
-def actual(name: str) -> Any:
+def network_of(name: str) -> Any:
     """The same weights in our network, without a file between."""
     network_class, config_class = registered()[
         "FluxTransformer2DModel" if "FLUX.1" in name else "Flux2Transformer2DModel"
     ]
     network = network_class(config_class(**FLUX[name]))
-    network.load_state_dict(peer(name).state_dict())
+    network.load_state_dict(peer_of(name).state_dict())
     return network.eval().requires_grad_(False)
 
 
-def options(
+def inputs(
     network: Any,
     size: tuple[int, int],
     count: int = 2,
@@ -195,14 +195,14 @@ def _flux2(
 @pytest.mark.parametrize("name", FLUX)
 @torch.inference_mode()
 def test_parity_in_both_directions_through_folders(name: str, tmp_path: Path) -> None:
-    reference = peer(name)
-    reference.save_pretrained(tmp_path / "diffusers")
+    peer = peer_of(name)
+    peer.save_pretrained(tmp_path / "diffusers")
     network: Any = load_part(tmp_path / "diffusers")
     assert {k: v.shape for k, v in network.state_dict().items()} == {
-        k: v.shape for k, v in reference.state_dict().items()
+        k: v.shape for k, v in peer.state_dict().items()
     }
     save_part(tmp_path / "sfumato", network)
-    back, notes = type(reference).from_pretrained(tmp_path / "sfumato", output_loading_info=True)
+    back, notes = type(peer).from_pretrained(tmp_path / "sfumato", output_loading_info=True)
     assert not any(notes.values()), notes
     read, written = (
         json.loads((tmp_path / folder / "config.json").read_text())
@@ -210,8 +210,8 @@ def test_parity_in_both_directions_through_folders(name: str, tmp_path: Path) ->
     )
     assert {k: v for k, v in written.items() if k != "_diffusers_version"} == read
     for size in SIZES:
-        x, cond = options(network, size)
-        y = answer(reference, x, T, cond)
+        x, cond = inputs(network, size)
+        y = answer(peer, x, T, cond)
         assert_close(network(x, T, cond), y)
         assert torch.equal(answer(back, x, T, cond), y)
 
@@ -222,14 +222,14 @@ def test_references(name: str) -> None:
     """Other sizes than x, smaller and larger; FLUX.1 reads one, FLUX.2 several. They count, and so
     does their order.
     """
-    network, reference = actual(name), peer(name)
+    network, peer = network_of(name), peer_of(name)
     for references in [((4, 6),), ((9, 7),), ((4, 6), (3, 9), (4, 6))]:
         if len(references) > 1 and "FLUX.1" in name:
             continue
-        x, cond = options(network, (6, 4), references=references)
+        x, cond = inputs(network, (6, 4), references=references)
         y = network(x, T, cond)
-        assert_close(y, answer(reference, x, T, cond))
-        without = network(x, T, options(network, (6, 4))[1])
+        assert_close(y, answer(peer, x, T, cond))
+        without = network(x, T, inputs(network, (6, 4))[1])
         assert float((y - without).abs().max()) > 1e-3
         if len(references) > 1:
             pictures = cond.references or ()
@@ -243,22 +243,22 @@ def test_references(name: str) -> None:
 @torch.inference_mode()
 def test_many_tokens_and_one_image(name: str) -> None:
     """More tokens than go through a feed-forward layer at a time."""
-    network, reference = actual(name), peer(name)
+    network, peer = network_of(name), peer_of(name)
     size = (60, 80) if "FLUX.1" in name else (30, 40)
     for count in (1, 2):
-        x, cond = options(network, size, count)
-        assert_close(network(x, T[:count], cond), answer(reference, x, T[:count], cond))
+        x, cond = inputs(network, size, count)
+        assert_close(network(x, T[:count], cond), answer(peer, x, T[:count], cond))
 
 
 @torch.inference_mode()
 def test_residuals_of_a_controlnet() -> None:
     name = "FLUX.1 dev"
-    network, reference = actual(name), peer(name)
-    x, cond = options(network, (4, 6))
+    network, peer = network_of(name), peer_of(name)
+    x, cond = inputs(network, (4, 6))
     maps = [normal(2, 6, 32, seed=k) for k in range(4)]
-    for inputs, reference_too in [(maps, (maps[:2], maps[2:])), (maps[:2], (maps[:2], None))]:
-        y = network(x, T, Conditioning(cond.tokens, vector=cond.vector, residuals=tuple(inputs)))
-        assert_close(y, answer(reference, x, T, cond, reference_too))
+    for residuals, pair in [(maps, (maps[:2], maps[2:])), (maps[:2], (maps[:2], None))]:
+        y = network(x, T, Conditioning(cond.tokens, vector=cond.vector, residuals=tuple(residuals)))
+        assert_close(y, answer(peer, x, T, cond, pair))
     with_reference = Conditioning(
         cond.tokens, vector=cond.vector, residuals=tuple(maps), references=(normal(2, 4, 4, 4),)
     )
@@ -349,12 +349,12 @@ def test_full_sizes(name: str) -> None:
     )
     network_class, config_class = registered()[kind.__name__]
     with torch.device("meta"):
-        reference, network = (
+        peer, network = (
             kind(**values),
             network_class(config_class.from_dict(json.loads(json.dumps(values)))),
         )
     shapes = {k: v.shape for k, v in network.state_dict().items()}
-    assert shapes == {k: v.shape for k, v in reference.state_dict().items()}
+    assert shapes == {k: v.shape for k, v in peer.state_dict().items()}
     count = sum(shape.numel() for shape in shapes.values())
     assert abs(count - published) <= tolerance * published, f"{count:,}"
     assert network.channels == (16 if "FLUX.1" in name else 128)
@@ -393,8 +393,8 @@ def test_masks_hide_text(name: str) -> None:
     """Of two texts, one is shorter: what stands behind its end does not matter, and it is as if
     nothing stood there.
     """
-    network = actual(name)
-    x, cond = options(network, (6, 8), references=((4, 4),))
+    network = network_of(name)
+    x, cond = inputs(network, (6, 8), references=((4, 4),))
     mask = torch.arange(LENGTH) < torch.tensor([[LENGTH], [4]])
     masked = Conditioning(cond.tokens, mask=mask, vector=cond.vector, references=cond.references)
     y = network(x, T, masked)
@@ -419,10 +419,10 @@ def test_masks_hide_text(name: str) -> None:
 )
 @torch.inference_mode()
 def test_bits_do_not_depend_on_the_batch(name: str) -> None:
-    count, network = 18, actual(name)
+    count, network = 18, network_of(name)
     for size in [(7, 9), (6, 4)]:
         references = () if network.in_channels > network.channels else ((3, 5),)
-        x, cond = options(network, size, count, references)
+        x, cond = inputs(network, size, count, references)
         mask = (normal(count, LENGTH, seed=9) > -0.5) | (torch.arange(LENGTH) == 0)
         cond = Conditioning(cond.tokens, mask, cond.vector, cond.concat, references=cond.references)
         t = torch.linspace(1000.0, 1.0, count)
@@ -437,8 +437,8 @@ def test_bits_do_not_depend_on_the_batch(name: str) -> None:
 @pytest.mark.parametrize("name", ["FLUX.1 dev", "FLUX.2 dev"])
 @torch.inference_mode()
 def test_bits_with_many_tokens(name: str) -> None:
-    network = actual(name)
-    x, cond = options(network, (62, 70) if "FLUX.1" in name else (31, 35), 3)
+    network = network_of(name)
+    x, cond = inputs(network, (62, 70) if "FLUX.1" in name else (31, 35), 3)
     t = torch.tensor([900.0, 500.0, 20.0])
     together = network(x, t, cond)
     for i in range(3):
@@ -453,8 +453,8 @@ def test_bits_with_many_tokens(name: str) -> None:
 @pytest.mark.parametrize("name", ["FLUX.1 dev", "FLUX.2 dev"])
 @torch.inference_mode()
 def test_prepared_for_inference(name: str) -> None:
-    network = actual(name)
-    x, cond = options(network, (6, 8))
+    network = network_of(name)
+    x, cond = inputs(network, (6, 8))
     assert can_prepack(network)
     assert_close(prepack(network)(x, T, cond), network(x, T, cond), 1e-5)
 
@@ -463,8 +463,8 @@ def test_prepared_for_inference(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.inference_mode()
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
-    network = actual(name)
-    x, cond = options(network, (6, 8))
+    network = network_of(name)
+    x, cond = inputs(network, (6, 8))
     y, half = network(x, T, cond), network.to(dtype)(x.to(dtype), T, cond.to(dtype=dtype))
     assert half.dtype == dtype
     assert float((half.float() - y).norm() / y.norm()) < (0.03 if dtype == torch.bfloat16 else 0.01)
@@ -481,8 +481,8 @@ def test_float16_stays_finite() -> None:
 
 @pytest.mark.parametrize("name", FLUX)
 def test_every_weight_gets_a_gradient(name: str) -> None:
-    network = actual(name).requires_grad_(True).train()
-    x, cond = options(
+    network = network_of(name).requires_grad_(True).train()
+    x, cond = inputs(
         network, (5, 4), references=() if network.in_channels > network.channels else ((3, 3),)
     )
     y = network(x, T, cond)
@@ -522,8 +522,8 @@ def test_positions_are_cached_and_no_part_of_the_weights() -> None:
 
 def test_exported() -> None:
     """A program of it holds no places of its own, and leaves none behind."""
-    network = actual("FLUX.2 dev")
-    x, cond = options(network, (6, 4))
+    network = network_of("FLUX.2 dev")
+    x, cond = inputs(network, (6, 4))
 
     class Bare(torch.nn.Module):
         def __init__(self) -> None:
@@ -533,11 +533,11 @@ def test_exported() -> None:
         def forward(self, x: Tensor, t: Tensor, tokens: Tensor, vector: Tensor) -> Tensor:
             return self.network(x, t, Conditioning(tokens, vector=vector))
 
-    inputs = (x, T, cond.tokens, cond.vector)
+    arguments = (x, T, cond.tokens, cond.vector)
     _flux_base._cached_rope.cache_clear()
     with torch.no_grad():
-        program = torch.export.export(Bare(), inputs, strict=False)
-        assert_close(program.module()(*inputs), network(x, T, cond))
+        program = torch.export.export(Bare(), arguments, strict=False)
+        assert_close(program.module()(*arguments), network(x, T, cond))
 
 
 COMPILED = """
@@ -612,8 +612,8 @@ def test_flux2_configs_are_refused(field: str, value: float) -> None:
 
 @pytest.mark.parametrize("name", ["FLUX.1 dev", "FLUX.2 dev"])
 def test_missing_doors_are_refused(name: str) -> None:
-    network = actual(name)
-    x, cond = options(network, (4, 4))
+    network = network_of(name)
+    x, cond = inputs(network, (4, 4))
     tokens, vector = cond.tokens, cond.vector
     assert tokens is not None and vector is not None
     wrong = [
@@ -630,10 +630,10 @@ def test_missing_doors_are_refused(name: str) -> None:
     masked = Conditioning(tokens, vector=vector)
     # the test run would check the shape here already
     object.__setattr__(masked, "mask", torch.ones(2, 3, dtype=torch.bool))
-    for inputs, message in [*wrong, (masked, "mask")]:
+    for conditioning, message in [*wrong, (masked, "mask")]:
         with pytest.raises(UserError, match=message) as result:
-            network(x, T, inputs)
+            network(x, T, conditioning)
         assert str(result.value).count("\n") == 0
-    fill = actual("FLUX.1 fill")
+    fill = network_of("FLUX.1 fill")
     with pytest.raises(UserError, match="takes 24 channels"):
-        fill(normal(2, 4, 4, 4), T, Conditioning(tokens, vector=options(fill, (4, 4))[1].vector))
+        fill(normal(2, 4, 4, 4), T, Conditioning(tokens, vector=inputs(fill, (4, 4))[1].vector))

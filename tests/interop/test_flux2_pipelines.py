@@ -63,7 +63,7 @@ def autoencoder() -> Any:
     return vae
 
 
-def reference(kind: str, scratch: Path) -> Any:
+def diffusers_pipeline(kind: str, scratch: Path) -> Any:
     numbers = {
         "in_channels": 32,
         "num_layers": 1,
@@ -93,7 +93,9 @@ def reference(kind: str, scratch: Path) -> Any:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_pipelines(
-        lambda kind: reference(kind, tmp_path_factory.mktemp("scratch")), KINDS, tmp_path_factory
+        lambda kind: diffusers_pipeline(kind, tmp_path_factory.mktemp("scratch")),
+        KINDS,
+        tmp_path_factory,
     )
 
 
@@ -286,9 +288,9 @@ def test_saved_folders_open_in_diffusers(
     )
     assert pipe.config.get("is_distilled") == before.config.get("is_distilled")
     for name in PARTS:
-        actual, published = (getattr(which, name).state_dict() for which in (pipe, before))
-        assert actual.keys() == published.keys() and all(
-            torch.equal(actual[key], published[key]) for key in actual
+        written, published = (getattr(which, name).state_dict() for which in (pipe, before))
+        assert written.keys() == published.keys() and all(
+            torch.equal(written[key], published[key]) for key in written
         ), name
     assert pipe.scheduler.config["use_dynamic_shifting"]
     index = json.loads((tmp_path / "sfumato" / "model_index.json").read_text())

@@ -82,7 +82,7 @@ def parts() -> dict[str, Any]:
     return {"vae": vae}
 
 
-def reference(kind: str, scratch: Path) -> Any:
+def diffusers_pipeline(kind: str, scratch: Path) -> Any:
     name, extra, guided = NAMES[kind]
     numbers = {
         "in_channels": 4 * (16 + extra),
@@ -119,7 +119,9 @@ def reference(kind: str, scratch: Path) -> Any:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_pipelines(
-        lambda kind: reference(kind, tmp_path_factory.mktemp("scratch")), NAMES, tmp_path_factory
+        lambda kind: diffusers_pipeline(kind, tmp_path_factory.mktemp("scratch")),
+        NAMES,
+        tmp_path_factory,
     )
 
 
@@ -127,8 +129,8 @@ photo = partial(smooth_image, **SIZE)
 compare = partial(assert_same_images, tolerance=1e-4, contrast=0.02)
 
 
-def pictures(pipe: Any, count: int = 2, **requested: Any) -> Tensor:
-    return pipeline_images(pipe, n=count, **({"prompt": PROMPTS[:count]} | requested))
+def pictures(pipe: Any, count: int = 2, **options: Any) -> Tensor:
+    return pipeline_images(pipe, n=count, **({"prompt": PROMPTS[:count]} | options))
 
 
 def twice(picture: Tensor) -> Tensor:
@@ -162,9 +164,9 @@ def test_convert_keeps_the_pipeline(
     """diffusers' folder -> file -> folder: the same pipeline, run in the same way; what sfumato
     saved goes the same way.
     """
-    target = load(folders[kind])
-    target.save(tmp_path / "saved.safetensors")
-    target.save(tmp_path / "saved")
+    expected = load(folders[kind])
+    expected.save(tmp_path / "saved.safetensors")
+    expected.save(tmp_path / "saved")
     index = read_index(folders[kind])
     for k, source in enumerate((folders[kind], tmp_path / "saved.safetensors", tmp_path / "saved")):
         file, folder = tmp_path / f"{k}.safetensors", tmp_path / str(k)
@@ -173,7 +175,10 @@ def test_convert_keeps_the_pipeline(
             and main(["convert", str(file), str(folder)]) == 0
         ), capsys.readouterr().err
         for model in (load(file), load(folder)):
-            assert (model.hash, model.defaults) == (target.hash, target.defaults), (kind, source)
+            assert (model.hash, model.defaults) == (expected.hash, expected.defaults), (
+                kind,
+                source,
+            )
         assert (
             read_index(folder) == index and type(open_pipeline(folder)).__name__ == NAMES[kind][0]
         )
@@ -191,7 +196,7 @@ def test_defaults(kind: str, steps: int, folders: dict[str, Path], tmp_path: Pat
     """
     model = load(folders[kind])
     defaults = model.defaults
-    assert model.sample_size == reference(kind, tmp_path).default_sample_size * 8 == 1024
+    assert model.sample_size == diffusers_pipeline(kind, tmp_path).default_sample_size * 8 == 1024
     assert (defaults.steps, defaults.sampler, defaults.guidance) == (steps, "euler", 1.0)
     assert defaults.spacing == ("trailing" if kind == "schnell" else "dynamic")
     assert defaults.max_reference_images == (1 if kind == "kontext" else 0)
@@ -202,15 +207,15 @@ def test_defaults(kind: str, steps: int, folders: dict[str, Path], tmp_path: Pat
 @pytest.mark.parametrize("size", [(32, 48), (64, 32)])
 def test_text_to_image(kind: str, size: tuple[int, int], folders: dict[str, Path]) -> None:
     pipe, model = open_pipeline(folders[kind]), load(folders[kind])
-    requested: dict[str, Any] = {"height": size[0], "width": size[1]}
-    reference = requested | (FEW if kind == "schnell" else {})
+    options: dict[str, Any] = {"height": size[0], "width": size[1]}
+    arguments = options | (FEW if kind == "schnell" else {})
     compare(
-        model.generate(PROMPTS, steps=3, output="tensor", **requested),
-        pictures(pipe, num_inference_steps=3, **reference),
+        model.generate(PROMPTS, steps=3, output="tensor", **options),
+        pictures(pipe, num_inference_steps=3, **arguments),
     )
     compare(
-        model.generate("a cat", steps=2, output="tensor", **requested),
-        pictures(pipe, 1, prompt="a cat", num_inference_steps=2, **reference),
+        model.generate("a cat", steps=2, output="tensor", **options),
+        pictures(pipe, 1, prompt="a cat", num_inference_steps=2, **arguments),
     )
 
 
@@ -264,7 +269,7 @@ def test_streamed(folders: dict[str, Path]) -> None:
     """The networks' weights read from the files as they are needed: the same pictures to the last
     bit.
     """
-    requested: dict[str, Any] = {
+    options: dict[str, Any] = {
         "steps": 2,
         "guidance": 2.0,
         "distilled_guidance": 3.0,
@@ -273,38 +278,38 @@ def test_streamed(folders: dict[str, Path]) -> None:
         **SIZE,
     }
     whole, streamed = load(folders["dev"]), load(folders["dev"], memory="64GB")
-    assert torch.equal(
-        streamed.generate(PROMPTS, **requested), whole.generate(PROMPTS, **requested)
-    )
+    assert torch.equal(streamed.generate(PROMPTS, **options), whole.generate(PROMPTS, **options))
 
 
 # ---- with pictures -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("kind", "strength", "actual"),
+    ("kind", "strength", "sfumato_strength"),
     [("dev", 0.5, 0.5), ("dev", 1.0, 1.0), ("dev", 0.6, 0.75), ("schnell", 0.75, 0.75)],
 )
 def test_image_to_image(
-    kind: str, strength: float, actual: float, folders: dict[str, Path]
+    kind: str, strength: float, sfumato_strength: float, folders: dict[str, Path]
 ) -> None:
     """Where the strength is no whole number of steps we round down, and they up: 0.6 of four are
     three.
     """
     pipe, model = open_pipeline(folders[kind], "FluxImg2ImgPipeline"), load(folders[kind])
-    requested = SIZE | (FEW if kind == "schnell" else {})
+    options = SIZE | (FEW if kind == "schnell" else {})
     expected = pictures(
         pipe,
         image=twice(photo()),
         strength=strength,
         num_inference_steps=4,
         guidance_scale=3.5,
-        **requested,
+        **options,
     )
     request = Request(PROMPTS, steps=4)
     compare(
         model.run(
-            image_to_image(model, photo() * 2 - 1, request, strength=actual, posterior="sample"),
+            image_to_image(
+                model, photo() * 2 - 1, request, strength=sfumato_strength, posterior="sample"
+            ),
             output="tensor",
         ),
         expected,
@@ -314,13 +319,13 @@ def test_image_to_image(
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_inpainting_with_an_ordinary_model(strength: float, folders: dict[str, Path]) -> None:
     pipe, model = open_pipeline(folders["dev"], "FluxInpaintPipeline"), load(folders["dev"])
-    requested: dict[str, Any] = {
+    options: dict[str, Any] = {
         "image": twice(photo()),
         "mask_image": twice(hole()),
         "strength": strength,
         "guidance_scale": 3.5,
     }
-    expected = pictures(pipe, num_inference_steps=4, **requested, **SIZE)
+    expected = pictures(pipe, num_inference_steps=4, **options, **SIZE)
     task = {
         "strength": strength,
         "posterior": "sample",
@@ -350,9 +355,9 @@ def test_fill(folders: dict[str, Path]) -> None:
     pipe, model = open_pipeline(folders["fill"]), load(folders["fill"])
     mask = hole()
     mask[:, :, 3:9, 5:11] = 1
-    requested: dict[str, Any] = {"image": twice(photo()), "mask_image": twice(mask)}
+    options: dict[str, Any] = {"image": twice(photo()), "mask_image": twice(mask)}
     expected = pictures(
-        pipe, num_inference_steps=4, guidance_scale=10.0, strength=0.5, **requested, **SIZE
+        pipe, num_inference_steps=4, guidance_scale=10.0, strength=0.5, **options, **SIZE
     )
     compare(
         fill(
@@ -364,7 +369,7 @@ def test_fill(folders: dict[str, Path]) -> None:
         ),
         expected,
     )
-    expected = pictures(settled(pipe), num_inference_steps=3, **requested, **SIZE)
+    expected = pictures(settled(pipe), num_inference_steps=3, **options, **SIZE)
     compare(fill(model, Request(PROMPTS, steps=3), mask=mask), expected)
 
 
@@ -411,14 +416,14 @@ def test_kontext(size: tuple[int, int], folders: dict[str, Path]) -> None:
     passes; no picture.
     """
     pipe, model = open_pipeline(folders["kontext"]), load(folders["kontext"])
-    requested: dict[str, Any] = {"height": size[0], "width": size[1]}
+    options: dict[str, Any] = {"height": size[0], "width": size[1]}
     inputs: dict[str, Any] = {
         "image": photo(),
         "_auto_resize": False,
         "max_area": size[0] * size[1],
         "num_inference_steps": 3,
-    } | requested
-    request = Request(PROMPTS, steps=3, **requested)
+    } | options
+    request = Request(PROMPTS, steps=3, **options)
     compare(
         model.run(edit(model, photo() * 2 - 1, request), output="tensor"), pictures(pipe, **inputs)
     )
@@ -431,13 +436,11 @@ def test_kontext(size: tuple[int, int], folders: dict[str, Path]) -> None:
         pipe, negative_prompt=["ugly"] * 2, true_cfg_scale=2.0, guidance_scale=4.0, **inputs
     )
     request = Request(
-        PROMPTS, steps=3, guidance=2.0, distilled_guidance=4.0, negative_prompt="ugly", **requested
+        PROMPTS, steps=3, guidance=2.0, distilled_guidance=4.0, negative_prompt="ugly", **options
     )
     compare(model.run(edit(model, photo() * 2 - 1, request), output="tensor"), expected)
     del inputs["image"]
-    compare(
-        model.generate(PROMPTS, steps=3, output="tensor", **requested), pictures(pipe, **inputs)
-    )
+    compare(model.generate(PROMPTS, steps=3, output="tensor", **options), pictures(pipe, **inputs))
 
 
 def test_inversion_takes_the_distilled_guidance(folders: dict[str, Path]) -> None:
@@ -521,9 +524,9 @@ def test_saved_folders_open_in_diffusers(
         and again.defaults == model.defaults
     )
     for name in PARTS:
-        actual, published = (getattr(which, name).state_dict() for which in (pipe, before))
-        assert actual.keys() == published.keys() and all(
-            torch.equal(actual[key], published[key]) for key in actual
+        written, published = (getattr(which, name).state_dict() for which in (pipe, before))
+        assert written.keys() == published.keys() and all(
+            torch.equal(written[key], published[key]) for key in written
         ), name
     for name in (
         "use_dynamic_shifting",
@@ -537,9 +540,9 @@ def test_saved_folders_open_in_diffusers(
     assert {key for key in index if not key.startswith("_")} == {
         key for key in pipe.config if not key.startswith("_")
     }
-    requested: dict[str, Any] = {"num_inference_steps": 2, "max_sequence_length": 64, **SIZE}
-    requested |= {
+    options: dict[str, Any] = {"num_inference_steps": 2, "max_sequence_length": 64, **SIZE}
+    options |= {
         "fill": {"image": photo(), "mask_image": hole()},
         "control": {"control_image": photo() * 2 - 1},
     }.get(kind, {})
-    assert torch.equal(pictures(pipe, **requested), pictures(before, **requested))
+    assert torch.equal(pictures(pipe, **options), pictures(before, **options))

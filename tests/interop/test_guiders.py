@@ -158,10 +158,10 @@ SELF |= {"mid_block_type": "UNetMidBlock2D"}
 
 
 def unets(values: dict[str, Any]) -> tuple[UNet, Any]:
-    reference = randomised(diffusers.UNet2DConditionModel(**values))
-    actual = UNet(UNetConfig(**values))
-    actual.load_state_dict(reference.state_dict())
-    return actual.eval(), reference
+    peer = randomised(diffusers.UNet2DConditionModel(**values))
+    network = UNet(UNetConfig(**values))
+    network.load_state_dict(peer.state_dict())
+    return network.eval(), peer
 
 
 @pytest.mark.parametrize(
@@ -178,21 +178,21 @@ def test_perturbed_attention(values: dict[str, Any], layers: list[str]) -> None:
     """Their processor perturbs the second half of a doubled batch, in the layers that it is set
     in.
     """
-    actual, reference = unets(VALUES | values)
+    network, peer = unets(VALUES | values)
     processors = {
         name: PAGIdentitySelfAttnProcessor2_0()
         if any(name.startswith(layer + ".") for layer in layers) and "attn2" not in name
         else processor
-        for name, processor in reference.attn_processors.items()
+        for name, processor in peer.attn_processors.items()
     }
-    reference.set_attn_processor(processors)
+    peer.set_attn_processor(processors)
     x, timestep, tokens = normal(2, 3, 8, 8), torch.tensor([999.0, 333.0]), normal(2, 5, 12, seed=1)
-    doubled = reference(
+    doubled = peer(
         x.repeat(2, 1, 1, 1), timestep.repeat(2), encoder_hidden_states=tokens.repeat(2, 1, 1)
     ).sample
     inputs = Conditioning(tokens=tokens)
-    close(actual(x, timestep, inputs), doubled[:2])
-    result = replace_layers(actual, layers, self_attentions, "layer")(x, timestep, inputs)
+    close(network(x, timestep, inputs), doubled[:2])
+    result = replace_layers(network, layers, self_attentions, "layer")(x, timestep, inputs)
     close(result, doubled[2:])
     assert (result - doubled[:2]).abs().max() > 1e-3
 
@@ -200,23 +200,21 @@ def test_perturbed_attention(values: dict[str, Any], layers: list[str]) -> None:
 @torch.inference_mode()
 def test_layers_left_out() -> None:
     """Their U-Net with the forward of the same blocks replaced by hand."""
-    actual, reference = unets(VALUES | CROSS)
+    network, peer = unets(VALUES | CROSS)
     x, timestep, tokens = normal(2, 3, 8, 8), torch.tensor([999.0, 333.0]), normal(2, 5, 12, seed=1)
-    reference.mid_block.attentions[0].forward = lambda hidden_states, *rest, **named: (
-        hidden_states,
-    )
-    block = reference.down_blocks[1].resnets[0]
+    peer.mid_block.attentions[0].forward = lambda hidden_states, *rest, **named: (hidden_states,)
+    block = peer.down_blocks[1].resnets[0]
     block.forward = lambda hidden_states, *rest, **named: block.conv_shortcut(hidden_states)
-    reference.up_blocks[1].attentions[0].transformer_blocks[0].attn1.forward = (
+    peer.up_blocks[1].attentions[0].transformer_blocks[0].attn1.forward = (
         lambda hidden_states, **named: torch.zeros_like(hidden_states)
     )
-    expected = reference(x, timestep, encoder_hidden_states=tokens).sample
+    expected = peer(x, timestep, encoder_hidden_states=tokens).sample
     layers = [
         "mid_block.attentions",
         "down_blocks.1.resnets.0",
         "up_blocks.1.attentions.0.transformer_blocks.0.attn1",
     ]
     inputs = Conditioning(tokens=tokens)
-    result = replace_layers(actual, layers, branches, "layer")(x, timestep, inputs)
+    result = replace_layers(network, layers, branches, "layer")(x, timestep, inputs)
     close(result, expected)
-    assert (result - actual(x, timestep, inputs)).abs().max() > 1e-3
+    assert (result - network(x, timestep, inputs)).abs().max() > 1e-3

@@ -52,7 +52,7 @@ ABSENT = (
 
 
 @pytest.fixture(scope="module")
-def reference() -> Iterator[Any]:
+def k_diffusion() -> Iterator[Any]:
     """Its sampling.py alone. What the file imports and the samplers here never call is stood in
     for, so that nothing else is installed.
     """
@@ -102,7 +102,7 @@ def denoised(x: Tensor, sigma: float) -> Tensor:
     )
 
 
-def our_run(
+def sfumato_run(
     sampler: Any, chosen: Schedule, times: list[float], start: Tensor, **options: Any
 ) -> list[Tensor]:
     """Every x/alpha that was asked about and, last, the result."""
@@ -120,7 +120,7 @@ def our_run(
     return [*seen, result / chosen.point(times[-1])[0]]
 
 
-def their_run(
+def k_diffusion_run(
     function: Callable[..., Tensor],
     levels: list[float],
     start: Tensor,
@@ -218,9 +218,9 @@ def spaced(name: str, steps: int, chosen: Schedule) -> list[float]:
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_samplers(reference: Any, name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samplers(k_diffusion: Any, name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every latent that the network is asked about, and the last; the spacings in turns."""
-    sampler, function, our_options, their_options = SAMPLERS[name]
+    sampler, function, options, k_options = SAMPLERS[name]
     chosen = SCHEDULES[kind]
     spacing = list(SPACINGS)[
         (list(SAMPLERS).index(name) + list(SCHEDULES).index(kind)) % len(SPACINGS)
@@ -229,8 +229,8 @@ def test_samplers(reference: Any, name: str, kind: str, monkeypatch: pytest.Monk
     levels = [chosen.noise_level(t) for t in times]
     start = noises()[-1] * levels[0]
     compare(
-        our_run(sampler, chosen, times, start, **our_options),
-        their_run(getattr(reference, function), levels, start, monkeypatch, **their_options),
+        sfumato_run(sampler, chosen, times, start, **options),
+        k_diffusion_run(getattr(k_diffusion, function), levels, start, monkeypatch, **k_options),
     )
 
 
@@ -239,7 +239,7 @@ def test_samplers(reference: Any, name: str, kind: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("churn", [1.0, 40.0])
 @pytest.mark.parametrize("name", ["euler", "heun"])
 def test_churn(
-    reference: Any, name: str, churn: float, kind: str, monkeypatch: pytest.MonkeyPatch
+    k_diffusion: Any, name: str, churn: float, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within limits of noise levels, and with the noise scaled."""
     chosen = SCHEDULES[kind]
@@ -247,12 +247,12 @@ def test_churn(
     levels = [chosen.noise_level(t) for t in times]
     limits = levels[-3] * 0.9, levels[1] * 1.1  # the first and the last levels stay out
     start = noises()[-1] * levels[0]
-    their_options = {"s_churn": churn, "s_tmin": limits[0], "s_tmax": limits[1], "s_noise": 1.003}
+    k_options = {"s_churn": churn, "s_tmin": limits[0], "s_tmax": limits[1], "s_noise": 1.003}
     # theirs draws in every step, used or not: so do ours, at the steps where nothing is added
     unused = [not limits[0] <= level <= limits[1] for level in levels[:-1]]
     draws = [noise for noise, skip in zip(noises(), unused, strict=False) if not skip]
     monkeypatch.setattr(sys.modules[__name__], "noises", lambda count=64: [*draws, start])
-    actual = our_run(
+    actual = sfumato_run(
         {"euler": euler, "heun": edm}[name],
         chosen,
         times,
@@ -265,13 +265,15 @@ def test_churn(
     monkeypatch.undo()
     compare(
         actual,
-        their_run(
-            getattr(reference, f"sample_{name}"), levels, start, monkeypatch, **their_options
+        k_diffusion_run(
+            getattr(k_diffusion, f"sample_{name}"), levels, start, monkeypatch, **k_options
         ),
     )
 
 
-def test_churn_stops_at_the_highest_level(reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_churn_stops_at_the_highest_level(
+    k_diffusion: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Theirs raises the noise above sigma_max in the first step; ours has no time to go to and
     leaves it.
     """
@@ -279,8 +281,8 @@ def test_churn_stops_at_the_highest_level(reference: Any, monkeypatch: pytest.Mo
     times = timesteps("karras", 5, chosen)
     levels = [chosen.noise_level(t) for t in times]
     start = noises()[-1] * levels[0]
-    actual = our_run(euler, chosen, times, start, churn=40.0)
-    other = their_run(reference.sample_euler, levels, start, monkeypatch, s_churn=40.0)
+    actual = sfumato_run(euler, chosen, times, start, churn=40.0)
+    other = k_diffusion_run(k_diffusion.sample_euler, levels, start, monkeypatch, s_churn=40.0)
     assert torch.equal(actual[0], start)
     raised = levels[0] * math.sqrt(2)
     torch.testing.assert_close(
@@ -290,7 +292,7 @@ def test_churn_stops_at_the_highest_level(reference: Any, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("steps", [1, 2, 5, 18, 40])
-def test_spacings(reference: Any, steps: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spacings(k_diffusion: Any, steps: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Karras, exponential and polyexponential levels from the schedule's highest to the least that
     its network knows.
     """
@@ -304,9 +306,9 @@ def test_spacings(reference: Any, steps: int, kind: str, monkeypatch: pytest.Mon
     chosen = SCHEDULES[kind]
     high, low = chosen.noise_level(1.0), chosen.noise_level(chosen.first)
     expected = {
-        "karras": reference.get_sigmas_karras(steps, low, high),
-        "exponential": reference.get_sigmas_exponential(steps, low, high),
-        "polyexponential": reference.get_sigmas_polyexponential(steps, low, high, rho=1.7),
+        "karras": k_diffusion.get_sigmas_karras(steps, low, high),
+        "exponential": k_diffusion.get_sigmas_exponential(steps, low, high),
+        "polyexponential": k_diffusion.get_sigmas_polyexponential(steps, low, high, rho=1.7),
     }
     for name, sigmas in expected.items():
         actual = torch.tensor(
@@ -315,7 +317,7 @@ def test_spacings(reference: Any, steps: int, kind: str, monkeypatch: pytest.Mon
         torch.testing.assert_close(actual, sigmas, rtol=1e-9, atol=0)
 
 
-def test_vp_spacing(reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vp_spacing(k_diffusion: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their levels of the continuous VP process are even times of it."""
     monkeypatch.setattr(
         torch,
@@ -328,4 +330,4 @@ def test_vp_spacing(reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     actual = torch.tensor(
         [chosen.noise_level(t) for t in timesteps("linspace", 12, chosen)], dtype=torch.float64
     )
-    torch.testing.assert_close(actual, reference.get_sigmas_vp(12), rtol=1e-9, atol=0)
+    torch.testing.assert_close(actual, k_diffusion.get_sigmas_vp(12), rtol=1e-9, atol=0)

@@ -62,7 +62,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_pipelines(tiny_pipeline, FAMILY_NAMES, tmp_path_factory)
 
 
-def actual(folder: Path) -> LatentDiffusion:
+def opened(folder: Path) -> LatentDiffusion:
     return without_prompt_weights(load(folder))
 
 
@@ -89,7 +89,7 @@ def test_hand_over_to_a_refiner(
     request = replace(
         REQUEST, steps=steps, spacing=f"leading:offset={offset}", negative_prompt="ugly"
     )
-    first, last = actual(folders["SDXL"]), actual(folders["refiner"])
+    first, last = opened(folders["SDXL"]), opened(folders["refiner"])
     plans = handover(first, last, request, at=at)
     begun = first.run(plans.first, output="latent")
     assert (begun - latents).abs().max() < 1e-4
@@ -112,7 +112,7 @@ def test_hand_over_without_a_word_about_samplers(folders: dict[str, Path], tmp_p
         PROMPTS, generator=seeded_generators(2), denoising_end=0.7, output_type="latent", **options
     ).images
     expected = pipeline_images(pipes[1], PROMPTS, image=latents, denoising_start=0.7, **options)
-    base, second = actual(tmp_path / "base"), actual(tmp_path / "refiner")
+    base, second = opened(tmp_path / "base"), opened(tmp_path / "refiner")
     assert base.defaults.sampler.startswith("euler") and second.defaults.guidance == 5.0
     assert_same_images(
         second.run(refine(base, second, Request(PROMPTS, steps=10), at=0.7), output="tensor"),
@@ -133,7 +133,7 @@ def test_a_refiner_begins_with_a_picture(strength: float, folders: dict[str, Pat
     expected = pipeline_images(
         open_pipeline(folders["refiner"], REFINER), PROMPTS, **options, **scores
     )
-    model = actual(folders["refiner"])
+    model = opened(folders["refiner"])
     request = replace(REQUEST, steps=10, image_spec=ImageSpec(24, 16, **scores))
     assert_same_images(
         model.run(
@@ -153,7 +153,7 @@ def test_a_refiner_begins_with_a_picture(strength: float, folders: dict[str, Pat
 
 
 def test_a_refiner_is_saved_and_opened(folders: dict[str, Path], tmp_path: Path) -> None:
-    model = actual(folders["refiner"])
+    model = opened(folders["refiner"])
     model.save(tmp_path / "sfumato")
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "sfumato")
     assert type(pipe).__name__ == REFINER and load(tmp_path / "sfumato").hash == model.hash
@@ -184,7 +184,7 @@ def test_inpainting(family: str, name: str, strength: float, folders: dict[str, 
     }
     options |= {"image": image.expand(2, -1, -1, -1), "mask_image": mask.expand(2, -1, -1, -1)}
     expected = pipeline_images(open_pipeline(folders[family], name), PROMPTS, **options)
-    model, blind = actual(folders[family]), strength == 1 and "inpainting" not in family
+    model, blind = opened(folders[family]), strength == 1 and "inpainting" not in family
     task = {"strength": strength, "posterior": "sample", "paste": False, "noise_only_start": blind}
     assert_same_images(
         model.run(inpaint(model, image * 2 - 1, mask, REQUEST, **task), output="tensor"), expected
@@ -200,7 +200,7 @@ def test_a_blind_start_is_for_ordinary_models_at_full_strength(folders: dict[str
     for family, strength in (("SDXL inpainting", 1.0), ("SDXL", 0.6)):
         with pytest.raises(UserError, match="noise_only_start=True with strength"):
             inpaint(
-                actual(folders[family]),
+                opened(folders[family]),
                 smooth_image() * 2 - 1,
                 rectangle_mask(),
                 REQUEST,
@@ -213,7 +213,7 @@ def test_a_blind_start_is_for_ordinary_models_at_full_strength(folders: dict[str
 
 
 def test_each_encoder_reads_its_own_prompt(folders: dict[str, Path]) -> None:
-    pipe, model = open_pipeline(folders["SDXL"], BASE), actual(folders["SDXL"])
+    pipe, model = open_pipeline(folders["SDXL"], BASE), opened(folders["SDXL"])
     words = {
         "prompt": "a cat",
         "prompt_2": "a red dog",
@@ -267,11 +267,11 @@ def test_second_prompts_that_nobody_reads(folders: dict[str, Path]) -> None:
     ):
         request = replace(Request("a cat", steps=1, guidance=2.0), **options)
         with pytest.raises(UserError, match=message):
-            actual(folders[family]).run(request)
+            opened(folders[family]).run(request)
 
 
 def test_a_refiner_reads_the_first_prompt(folders: dict[str, Path]) -> None:
-    base, second = actual(folders["SDXL"]), actual(folders["refiner"])
+    base, second = opened(folders["SDXL"]), opened(folders["refiner"])
     request = replace(REQUEST, prompt="a cat", prompt_2="a red dog")
     handed = refine(base, second, request, at=0.5).request
     assert handed.prompt == "a cat" and handed.prompt_2 is None
@@ -286,7 +286,7 @@ def test_a_series_between_a_short_and_a_long_prompt(family: str, folders: dict[s
     """One chunk of 77 tokens and three: both ends are the plain pictures, and nothing jumps beside
     them.
     """
-    model, long = actual(folders[family]), " ".join(["a red dog"] * 50)
+    model, long = opened(folders[family]), " ".join(["a red dog"] * 50)
     request = Request("a cat", n=3, steps=3, guidance=SCALE, seed=4)
     series = model.run(interpolate(request, to_prompt=long), output="tensor")
     for result, words in ((series[0], "a cat"), (series[-1], long)):
@@ -304,7 +304,7 @@ def test_the_other_tasks_with_refiners_inpainting_and_instructions(
 ) -> None:
     """Variations and series are for networks that take the latent alone; the others say so."""
     for family in ("SDXL inpainting", "InstructPix2Pix"):
-        model = actual(folders[family])
+        model = opened(folders[family])
         for way in ("noise", "inversion"):
             with pytest.raises(UserError, match="channels beside the latent"):
                 variations(model, smooth_image() * 2 - 1, way=way)
@@ -312,7 +312,7 @@ def test_the_other_tasks_with_refiners_inpainting_and_instructions(
                 interpolate_images(
                     model, smooth_image() * 2 - 1, smooth_image(6) * 2 - 1, Request(n=2), way=way
                 )
-    second = actual(folders["refiner"])
+    second = opened(folders["refiner"])
     result = second.run(vary(Request("a cat", n=2, steps=2), strength=0.3), output="tensor")
     assert torch.isfinite(result).all() and not torch.equal(result[0], result[1])
 

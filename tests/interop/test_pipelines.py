@@ -57,7 +57,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_pipelines(tiny_pipeline, families, tmp_path_factory)
 
 
-def same(actual: LatentDiffusion, pipe: Any, spacing: str = "leading:offset=1") -> None:
+def same(model: LatentDiffusion, pipe: Any, spacing: str = "leading:offset=1") -> None:
     """Prompts, a negative prompt or none, guidance on and off, another size. 5 divides 1000: their
     DDIM steps by 1000 // steps.
     """
@@ -80,7 +80,7 @@ def same(actual: LatentDiffusion, pipe: Any, spacing: str = "leading:offset=1") 
             num_inference_steps=5,
             **options,
         )
-        result = without_prompt_weights(actual).generate(
+        result = without_prompt_weights(model).generate(
             prompts,
             negative_prompt=negative,
             guidance=guidance,
@@ -106,10 +106,10 @@ def test_folders_of_diffusers_open(family: str, folders: dict[str, Path]) -> Non
 def test_saved_folders_open_in_diffusers(
     family: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    actual = load(folders[family])
-    actual.save(tmp_path / "sfumato")
+    model = load(folders[family])
+    model.save(tmp_path / "sfumato")
     again = load(tmp_path / "sfumato")
-    assert again.hash == actual.hash and again.defaults == actual.defaults
+    assert again.hash == model.hash and again.defaults == model.defaults
     pipe = open_pipeline(tmp_path / "sfumato")
     assert type(pipe).__name__ == FAMILIES[family][0]
     pipe.scheduler = diffusers.DDIMScheduler(**{**SCALED, **FAMILIES[family][2]})
@@ -127,16 +127,16 @@ def test_runs_without_a_word_about_samplers(family: str, tmp_path: Path) -> None
     pipe = tiny_pipeline(family)
     pipe.scheduler = PUBLISHED[family]
     pipe.save_pretrained(tmp_path / "diffusers")
-    actual = load(tmp_path / "diffusers")
-    actual.save(tmp_path / "sfumato")
+    model = load(tmp_path / "diffusers")
+    model.save(tmp_path / "sfumato")
     again = open_pipeline(tmp_path / "sfumato", type(pipe).__name__)
     expected = pipeline_images(pipe, ["a red cat", "a dog"], num_inference_steps=10)
     assert (
         pipeline_images(again, ["a red cat", "a dog"], num_inference_steps=10) - expected
     ).abs().max() < 1e-3
-    for model in (actual, load(tmp_path / "sfumato")):
+    for each in (model, load(tmp_path / "sfumato")):
         assert_same_images(
-            without_prompt_weights(model).generate(
+            without_prompt_weights(each).generate(
                 ["a red cat", "a dog"], steps=10, output="tensor"
             ),
             expected,
@@ -185,15 +185,15 @@ def test_image_to_image(family: str, name: str, strength: float, folders: dict[s
         negative_prompt=["ugly"] * 2,
         **options,
     )
-    actual = without_prompt_weights(load(folders[family]))
+    model = without_prompt_weights(load(folders[family]))
     request = image_to_image(
-        actual,
+        model,
         image * 2 - 1,
         replace(REQUEST, negative_prompt="ugly"),
         strength=strength,
         posterior="sample",
     )
-    assert_same_images(actual.run(request, output="tensor"), expected)
+    assert_same_images(model.run(request, output="tensor"), expected)
 
 
 @pytest.mark.parametrize(
@@ -216,13 +216,13 @@ def test_inpainting(family: str, strength: float, folders: dict[str, Path]) -> N
         num_inference_steps=5,
         **options,
     )
-    actual = without_prompt_weights(load(folders[family]))
+    model = without_prompt_weights(load(folders[family]))
     request = inpaint(
-        actual, image * 2 - 1, mask, REQUEST, strength=strength, posterior="sample", paste=False
+        model, image * 2 - 1, mask, REQUEST, strength=strength, posterior="sample", paste=False
     )
-    assert_same_images(actual.run(request, output="tensor"), expected)
-    kept = actual.run(
-        inpaint(actual, image * 2 - 1, mask, REQUEST, strength=strength), output="tensor"
+    assert_same_images(model.run(request, output="tensor"), expected)
+    kept = model.run(
+        inpaint(model, image * 2 - 1, mask, REQUEST, strength=strength), output="tensor"
     )
     outside = (mask == 0).expand(2, 3, -1, -1)
     assert torch.equal(
@@ -242,9 +242,9 @@ def test_instructions(folders: dict[str, Path]) -> None:
         image_guidance_scale=1.7,
         num_inference_steps=5,
     )
-    actual = without_prompt_weights(load(folders["InstructPix2Pix"]))
+    model = without_prompt_weights(load(folders["InstructPix2Pix"]))
     assert_same_images(
-        actual.run(edit(actual, image * 2 - 1, REQUEST, image_guidance=1.7), output="tensor"),
+        model.run(edit(model, image * 2 - 1, REQUEST, image_guidance=1.7), output="tensor"),
         expected,
     )
 
@@ -265,19 +265,19 @@ def test_enlarging(folders: dict[str, Path], tmp_path: Path) -> None:
         REQUEST.prompt,
         **options,
     )
-    actual = without_prompt_weights(load(folders["x4 upscaler"]))
-    actual.save(tmp_path / "sfumato")
+    model = without_prompt_weights(load(folders["x4 upscaler"]))
+    model.save(tmp_path / "sfumato")
     again = without_prompt_weights(load(tmp_path / "sfumato"))
-    assert again.hash == actual.hash and again.low_res == actual.low_res is not None
-    for model in (actual, again):
-        result = model.run(upscale(model, image * 2 - 1, REQUEST, noise_level=37), output="tensor")
+    assert again.hash == model.hash and again.low_res == model.low_res is not None
+    for each in (model, again):
+        result = each.run(upscale(each, image * 2 - 1, REQUEST, noise_level=37), output="tensor")
         assert result.shape == (2, 3, 28, 20)
         assert_same_images(result, expected)
     pipe = open_pipeline(tmp_path / "sfumato")
     pipe.scheduler = diffusers.DDIMScheduler(**{**SCALED, "prediction_type": "v_prediction"})
     assert_same_images(pipeline_images(pipe, REQUEST.prompt, **options), expected)
     with pytest.raises(UserError, match="noise_level=1000: expected a whole number from 0 to 999"):
-        upscale(actual, image * 2 - 1, noise_level=1000)
+        upscale(model, image * 2 - 1, noise_level=1000)
     with pytest.raises(UserError, match="was not trained to enlarge pictures"):
         upscale(load(folders["SD 1"]), image * 2 - 1)
 
@@ -370,15 +370,15 @@ def test_single_files_both_ways(family: str, tmp_path: Path) -> None:
         "how prompts are read is not lost"
     )
     folder.save(tmp_path / "one.safetensors")
-    actual = load(tmp_path / "one.safetensors")
+    model = load(tmp_path / "one.safetensors")
     result = [
         m.generate("a (red:1.2) cat", steps=3, height=16, width=24, seed=4, output="tensor")
-        for m in (folder, actual)
+        for m in (folder, model)
     ]
     # Not to the last bit: how weights lie to cache lines in a file decides how a product of one row
     # (a pooled text) is rounded.
     assert (result[0] - result[1]).abs().max() < (1e-5 if batch_invariant.FIXED_ORDER else 5e-5)
-    assert actual.denoiser.process == folder.denoiser.process
+    assert model.denoiser.process == folder.denoiser.process
     reference = type(pipe).from_single_file(
         tmp_path / "one.safetensors", config=str(tmp_path / "folder"), local_files_only=True
     )
@@ -396,5 +396,5 @@ def test_single_files_both_ways(family: str, tmp_path: Path) -> None:
         "width": 24,
     }
     assert_same_images(
-        without_prompt_weights(actual).generate(["a red cat"], output="tensor", **options), expected
+        without_prompt_weights(model).generate(["a red cat"], output="tensor", **options), expected
     )

@@ -96,7 +96,7 @@ def times_of(recipe: SchedulerSpec, steps: int, tokens: int | None = None) -> li
     return timesteps(name, steps, recipe.process.schedule, **options)
 
 
-def our_run(
+def sfumato_run(
     recipe: SchedulerSpec, times: list[float], start: Tensor, at: list[float] | None = None
 ) -> Tensor:
     """The final latents of our sampler; `at` replaces the timesteps of the network's calls."""
@@ -106,7 +106,7 @@ def our_run(
     )[0][-1]
 
 
-def their_run(scheduler: Any, process: Process, start: Tensor) -> Tensor:
+def diffusers_run(scheduler: Any, process: Process, start: Tensor) -> Tensor:
     return step_scheduler(scheduler, network(process), start)[-1]
 
 
@@ -114,7 +114,7 @@ def apart(
     made: Any,
     values: Mapping[str, Any],
     steps: int,
-    stated: bool = False,
+    diffusers_timesteps: bool = False,
     even: bool | None = None,
     **spaced: Any,
 ) -> float:
@@ -136,10 +136,12 @@ def apart(
     )
     start = start * math.hypot(*first)
     scaled = made.__name__.startswith(SCALED)
-    reference = their_run(scheduler, recipe.process, start / first[0] if scaled else start) * (
+    reference = diffusers_run(scheduler, recipe.process, start / first[0] if scaled else start) * (
         last[0] if scaled else 1
     )
-    actual = our_run(recipe, times, start, scheduler.timesteps.tolist() if stated else None)
+    actual = sfumato_run(
+        recipe, times, start, scheduler.timesteps.tolist() if diffusers_timesteps else None
+    )
     return float((actual - reference).norm() / reference.norm())
 
 
@@ -154,7 +156,7 @@ class Case:
 
     name: str
     fields: dict[str, Any] = field(default_factory=dict)
-    stated: bool = False
+    diffusers_timesteps: bool = False
     within: float = 1e-9
     why: str = ""
     steps: tuple[int, ...] = (7, 20)
@@ -247,7 +249,7 @@ CASES: list[Case] = [
         for s, p in zip(SPACINGS, ({}, V, {}, V), strict=True)
     ),
     *(
-        Case(name, s | level, stated=name.startswith("KDPM2"))
+        Case(name, s | level, diffusers_timesteps=name.startswith("KDPM2"))
         for name in OLD_LEVELS
         for i, level in enumerate(LEVELS)
         for s in ((SPACINGS[i], LINSPACE) if name == "EulerDiscrete" else (SPACINGS[i],))
@@ -272,7 +274,7 @@ CASES: list[Case] = [
         for s in (SPACINGS if not more else SPACINGS[i % 4 :][:1])
     ),
     *(
-        Case(name, x | more, stated=True)
+        Case(name, x | more, diffusers_timesteps=True)
         for i, (name, more) in enumerate(MULTISTEP)
         for x in (LEVELS if not more else LEVELS[i % 3 :][:1])
     ),
@@ -286,17 +288,17 @@ CASES: list[Case] = [
         for name in ("DPMSolverMultistep", "DEISMultistep")
     ),  # on either side of 15
     Case("UniPCMultistep", TRAILING | TO_NOISE | {"solver_type": "bh1"}),
-    Case("DPMSolverMultistep", {"use_lu_lambdas": True}, stated=True),
+    Case("DPMSolverMultistep", {"use_lu_lambdas": True}, diffusers_timesteps=True),
     Case("DPMSolverSinglestep", {"solver_order": 1}),
     *(
-        Case("DPMSolverMultistep", FLOW | {"solver_order": k}, stated=True, **LATE)
+        Case("DPMSolverMultistep", FLOW | {"solver_order": k}, diffusers_timesteps=True, **LATE)
         for k in (1, 2, 3)
     ),
     *(
         Case(
             "UniPCMultistep",
             FLOW | {"solver_order": k},
-            stated=True,
+            diffusers_timesteps=True,
             within=1e-3,
             why="theirs begins at 1 - 1e-6",
         )
@@ -338,7 +340,8 @@ def test_both_libraries_end_alike(case: Case, double: Callable[[str], Any]) -> N
     assert not read_scheduler(case.config, strict=True).notes
     for steps in case.steps:
         assert (
-            apart(double(case.name + "Scheduler"), case.config, steps, case.stated) < case.within
+            apart(double(case.name + "Scheduler"), case.config, steps, case.diffusers_timesteps)
+            < case.within
         ), case.why
 
 
@@ -407,8 +410,8 @@ def test_a_flow_shifted_by_the_images_size(
         np.testing.assert_allclose(times_of(recipe, steps, tokens), scheduler.sigmas, atol=1e-9)
     assert recipe.dynamic is not None and recipe.spacing == recipe.spacing_for(high)
     start = next(noise_draws(9))
-    reference = their_run(scheduler, recipe.process, start)
-    actual = our_run(recipe, times_of(recipe, 20, tokens), start)
+    reference = diffusers_run(scheduler, recipe.process, start)
+    actual = sfumato_run(recipe, times_of(recipe, 20, tokens), start)
     assert float((actual - reference).norm() / reference.norm()) < 1e-9
 
 
@@ -603,7 +606,7 @@ def test_a_read_config_is_written_so_that_diffusers_makes_the_same_run(
                 (
                     scheduler.timesteps,
                     getattr(scheduler, "sigmas", None),
-                    their_run(scheduler, recipe.process, x),
+                    diffusers_run(scheduler, recipe.process, x),
                 )
             )
         for once, again in zip(*results, strict=True):
@@ -616,7 +619,7 @@ def test_a_read_config_is_written_so_that_diffusers_makes_the_same_run(
             )
 
 
-NOT_REFERENCE: list[tuple[Process, str, str]] = [
+NOT_IN_DIFFUSERS: list[tuple[Process, str, str]] = [
     (Process(schedule("flow"), parameterization("flow")), "euler", "trailing"),
     (Process(schedule("flow"), parameterization("flow")), "unipc", "karras:rho=5"),
     (Process(schedule("flow"), parameterization("v")), "heun", "linspace"),
@@ -646,7 +649,7 @@ NOT_REFERENCE: list[tuple[Process, str, str]] = [
 
 @pytest.mark.parametrize(
     ("process", "sampler", "spacing"),
-    NOT_REFERENCE,
+    NOT_IN_DIFFUSERS,
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_runs_that_diffusers_has_not_come_back_too(
@@ -911,7 +914,7 @@ def test_both_ways_for_processes_alone() -> None:
         "num_train_timesteps": 1000,
         "shift": 1.0,
     }
-    for process, _, _ in NOT_REFERENCE:
+    for process, _, _ in NOT_IN_DIFFUSERS:
         assert (
             from_scheduler_config(json.loads(json.dumps(to_scheduler_config(process)))) == process
         )
@@ -925,7 +928,9 @@ def test_a_flow_trained_here_runs_there_with_our_defaults(double: Callable[[str]
         Process(schedule("flow"), parameterization("flow")), "ddim", "trailing"
     )
     assert written["_class_name"] == "DPMSolverMultistepScheduler" and "_sfumato" not in written
-    assert apart(double("DPMSolverMultistepScheduler"), written, 20, stated=True) < 1e-3
+    assert (
+        apart(double("DPMSolverMultistepScheduler"), written, 20, diffusers_timesteps=True) < 1e-3
+    )
 
 
 @pytest.mark.parametrize("kind", ["scaled_linear", "cosine", "flow", "edm"])

@@ -66,7 +66,7 @@ PROMPTS = ["a red cat", "a dog, (very) red"]
 LAYERS = "transformer_blocks.0+transformer_blocks.2"
 
 
-def reference(kind: str, scratch: Path) -> Any:
+def diffusers_pipeline(kind: str, scratch: Path) -> Any:
     """diffusers' pipeline with small random parts."""
     texts, shape, scheduler = KINDS[kind]
     space = {
@@ -99,7 +99,9 @@ def reference(kind: str, scratch: Path) -> Any:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_pipelines(
-        lambda kind: reference(kind, tmp_path_factory.mktemp("scratch")), KINDS, tmp_path_factory
+        lambda kind: diffusers_pipeline(kind, tmp_path_factory.mktemp("scratch")),
+        KINDS,
+        tmp_path_factory,
     )
 
 
@@ -115,7 +117,7 @@ def compare(images: Tensor, expected: Tensor) -> None:
     assert (expected[0] - expected[1]).abs().max() > 0.05
 
 
-def same(actual: LatentDiffusion, pipe: Any) -> None:
+def same(model: LatentDiffusion, pipe: Any) -> None:
     """Guidance on and off, a negative prompt or none, other words for the second encoder, other
     sizes.
     """
@@ -133,16 +135,16 @@ def same(actual: LatentDiffusion, pipe: Any) -> None:
         ),
     )
     for guidance, words, size in cases:
-        message = {key: [value] * 2 for key, value in words.items()}
+        prompts = {key: [value] * 2 for key, value in words.items()}
         # T5 reads what the second CLIP reads
-        message |= {
-            key.replace("_2", "_3"): value for key, value in message.items() if key.endswith("_2")
+        prompts |= {
+            key.replace("_2", "_3"): value for key, value in prompts.items() if key.endswith("_2")
         }
         expected = pipeline_images(
-            pipe, PROMPTS, guidance_scale=guidance, num_inference_steps=3, **message, **size
+            pipe, PROMPTS, guidance_scale=guidance, num_inference_steps=3, **prompts, **size
         )
         compare(
-            actual.run(
+            model.run(
                 Request(PROMPTS, guidance=guidance, steps=3, **words, **size), output="tensor"
             ),
             expected,
@@ -153,17 +155,17 @@ def same(actual: LatentDiffusion, pipe: Any) -> None:
 def test_folders_open_in_both_libraries(
     kind: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    actual = load(folders[kind])
+    model = load(folders[kind])
     assert (
-        actual.defaults.steps,
-        actual.defaults.guidance,
-        actual.defaults.sampler,
-        actual.defaults.max_reference_images,
+        model.defaults.steps,
+        model.defaults.guidance,
+        model.defaults.sampler,
+        model.defaults.max_reference_images,
     ) == (28, 7.0, "euler", 0)
-    same(actual, opened(folders[kind]))
-    actual.save(tmp_path / "sfumato")
+    same(model, opened(folders[kind]))
+    model.save(tmp_path / "sfumato")
     again = load(tmp_path / "sfumato")
-    assert again.hash == actual.hash and again.defaults == actual.defaults
+    assert again.hash == model.hash and again.defaults == model.defaults
     pipe = opened(tmp_path / "sfumato", "DiffusionPipeline")
     assert type(pipe).__name__ == "StableDiffusion3Pipeline"
     same(again, pipe)
@@ -172,8 +174,8 @@ def test_folders_open_in_both_libraries(
     assert count_equal_weight_files(folders[kind], tmp_path / "sfumato") == 5 - (
         "without" in KINDS[kind][0]
     )
-    again.save(tmp_path / "ours.safetensors")
-    assert load(tmp_path / "ours.safetensors").hash == actual.hash
+    again.save(tmp_path / "sfumato.safetensors")
+    assert load(tmp_path / "sfumato.safetensors").hash == model.hash
 
 
 @pytest.mark.parametrize("kind", ["SD 3", "SD 3.5 without T5"])
@@ -186,9 +188,9 @@ def test_convert_keeps_the_pipeline(kind: str, folders: dict[str, Path], tmp_pat
         main(["convert", str(folders[kind]), str(file)]) == 0
         and main(["convert", str(file), str(folder)]) == 0
     )
-    target = load(folders[kind])
+    expected = load(folders[kind])
     for model in (load(file), load(folder)):
-        assert (model.hash, model.defaults) == (target.hash, target.defaults)
+        assert (model.hash, model.defaults) == (expected.hash, expected.defaults)
     one, two = (
         (place / "model_index.json").read_text().replace("T5TokenizerFast", "T5Tokenizer")
         for place in (folder, folders[kind])
@@ -218,7 +220,7 @@ def test_away_from_skipped_layers(
     between two shares of the run, we between two times.
     """
     kind = "SD 3.5 without T5"
-    pipe, actual, (start, stop) = opened(folders[kind]), load(folders[kind]), part
+    pipe, model, (start, stop) = opened(folders[kind]), load(folders[kind]), part
     options: dict[str, Any] = {"height": 16, "width": 12}
     skipped = {
         "skip_guidance_layers": [0, 2],
@@ -234,12 +236,12 @@ def test_away_from_skipped_layers(
         **skipped,
         **options,
     )
-    times = actual.plan(Request(steps=5, **options)).timesteps
+    times = model.plan(Request(steps=5, **options)).timesteps
     between = interval.format(low=(times[3] + times[4]) / 2, high=(times[0] + times[1]) / 2)
     words = f"4 dual:kind=away,second=2.8{between} condition skip_layers:layers={LAYERS}"
-    compare(actual.generate(PROMPTS, guidance=words, steps=5, output="tensor", **options), expected)
+    compare(model.generate(PROMPTS, guidance=words, steps=5, output="tensor", **options), expected)
     assert (
-        actual.generate(PROMPTS, guidance=4, steps=5, output="tensor", **options) - expected
+        model.generate(PROMPTS, guidance=4, steps=5, output="tensor", **options) - expected
     ).abs().max() > 0.01, "it shows"
 
 
@@ -265,10 +267,10 @@ def test_image_to_image(kind: str, strength: float, folders: dict[str, Path]) ->
     expected = pipeline_images(
         pipe, PROMPTS, image=image.expand(2, -1, -1, -1), strength=strength, **OPTIONS
     )
-    actual = load(folders[kind])
+    model = load(folders[kind])
     compare(
-        actual.run(
-            image_to_image(actual, image * 2 - 1, REQUEST, strength=strength, posterior="sample"),
+        model.run(
+            image_to_image(model, image * 2 - 1, REQUEST, strength=strength, posterior="sample"),
             output="tensor",
         ),
         expected,
@@ -296,10 +298,10 @@ def test_inpainting(kind: str, strength: float, folders: dict[str, Path]) -> Non
         **pair,
         **OPTIONS,
     ).images
-    actual = load(folders[kind])
+    model = load(folders[kind])
     blind = kind != "inpainting" and strength == 1
     request = inpaint(
-        actual,
+        model,
         image * 2 - 1,
         mask,
         REQUEST,
@@ -308,7 +310,7 @@ def test_inpainting(kind: str, strength: float, folders: dict[str, Path]) -> Non
         paste=False,
         noise_only_start=blind,
     )
-    compare(actual.run(request, output="latent"), expected)
+    compare(model.run(request, output="latent"), expected)
 
 
 def test_on_the_command_line(

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers.loaders import single_file_utils as reference
+from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -176,18 +176,22 @@ def converted(
 ) -> dict[str, dict[str, Tensor]]:
     """The parts, as diffusers' own converters make them of a file."""
     result = {
-        "unet": reference.convert_ldm_unet_checkpoint(dict(tensors), dict(networks["unet"].config)),
-        "vae": reference.convert_ldm_vae_checkpoint(dict(tensors), dict(networks["vae"].config)),
+        "unet": single_file_utils.convert_ldm_unet_checkpoint(
+            dict(tensors), dict(networks["unet"].config)
+        ),
+        "vae": single_file_utils.convert_ldm_vae_checkpoint(
+            dict(tensors), dict(networks["vae"].config)
+        ),
     }
     if name.startswith(("sd1", "sdxl")) and "text_encoder" in networks:
-        result["text_encoder"] = reference.convert_ldm_clip_checkpoint(dict(tensors))
+        result["text_encoder"] = single_file_utils.convert_ldm_clip_checkpoint(dict(tensors))
     elif "text_encoder" in networks:
-        result["text_encoder"] = reference.convert_open_clip_checkpoint(
+        result["text_encoder"] = single_file_utils.convert_open_clip_checkpoint(
             networks["text_encoder"], dict(tensors)
         )
     if "text_encoder_2" in networks:
         prefix = f"conditioner.embedders.{int('text_encoder' in networks)}.model."
-        result["text_encoder_2"] = reference.convert_open_clip_checkpoint(
+        result["text_encoder_2"] = single_file_utils.convert_open_clip_checkpoint(
             networks["text_encoder_2"], dict(tensors), prefix
         )
     return result
@@ -393,7 +397,7 @@ def test_published_structures_are_covered_key_by_key(name: str) -> None:
     assert len(rows) == len({r.source for r in rows}) == count
     assert held(rows) == {k: tuple(v.shape) for k, v in network.state_dict().items()}
     file = {f"model.diffusion_model.{r.source}": torch.empty(r.stored, device="meta") for r in rows}
-    there = reference.convert_ldm_unet_checkpoint(file, dict(network.config))
+    there = single_file_utils.convert_ldm_unet_checkpoint(file, dict(network.config))
     assert {k: tuple(v.shape) for k, v in there.items()} == held(rows)
 
 
@@ -476,7 +480,8 @@ def test_running_averages_are_read_on_request_only() -> None:
         result = single.split_tensors(file, {}, "file", ReadOptions(ema=ema)).components["unet"]
         result = single.weights(result)
         assert equal_tensors(
-            result, reference.convert_ldm_unet_checkpoint(dict(file), config, extract_ema=ema)
+            result,
+            single_file_utils.convert_ldm_unet_checkpoint(dict(file), config, extract_ema=ema),
         )
         assert torch.equal(
             result["conv_in.bias"],

@@ -17,7 +17,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from diffusers.loaders import single_file_utils as reference
+from diffusers.loaders import single_file_utils
 from gguf import GGMLQuantizationType as Kind
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -32,7 +32,7 @@ from sfumato.checkpoints import families
 from sfumato.checkpoints.checkpoint import Checkpoint, Component, RawCheckpoint, ReadOptions
 from sfumato.checkpoints.families import FLOW, Family, TransformerFamily
 from sfumato.checkpoints.families.flux import DYNAMIC
-from sfumato.checkpoints.formats.folded import KEY as KEY_OF_ACTUAL
+from sfumato.checkpoints.formats.folded import KEY as FOLDED_KEY
 from sfumato.checkpoints.lazy_tensor import LazyTensor, from_tensors
 from sfumato.checkpoints.metadata import CONFIGS, TOKENIZERS
 from sfumato.checkpoints.metadata import TRANSFORMER as NOTE
@@ -84,8 +84,8 @@ FLUX |= {
 CLASSES = {"sd3": ("SD3Transformer2DModel", SD3), "flux": ("FluxTransformer2DModel", FLUX)}
 CLASSES |= {"schnell": ("FluxTransformer2DModel", FLUX | {"guidance_embeds": False})}
 CONVERTERS = {
-    "sd3": reference.convert_sd3_transformer_checkpoint_to_diffusers,
-    "flux": reference.convert_flux_transformer_checkpoint_to_diffusers,
+    "sd3": single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
+    "flux": single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
 }
 DIT: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -295,12 +295,12 @@ def test_others_read_the_file(
         converted(name, below(file, PREFIX), monkeypatch), dict(model.denoiser.network.state_dict())
     )
     assert equal_tensors(
-        reference.convert_ldm_vae_checkpoint(dict(file), model.autoencoder.to_config()),
+        single_file_utils.convert_ldm_vae_checkpoint(dict(file), model.autoencoder.to_config()),
         dict(model.autoencoder.state_dict()),
     )
     if name == "sd3":
         for part, tower in (("", "clip_l"), ("_2", "clip_g")):
-            result = reference.convert_ldm_clip_checkpoint(
+            result = single_file_utils.convert_ldm_clip_checkpoint(
                 dict(file), f"text_encoders.{tower}.transformer."
             )
             assert equal_tensors(result, model.conditioner.encoders[part].tensors())
@@ -424,9 +424,9 @@ def test_models_outside_the_layout(
     for k, other in enumerate((flat, norm, axes, eps)):
         path = tmp_path / f"{k}.safetensors"
         other.save(path)
-        assert KEY_OF_ACTUAL in notes_of(path), k
+        assert FOLDED_KEY in notes_of(path), k
         assert sfumato.load(path).hash == other.hash
-    assert KEY_OF_ACTUAL not in notes_of(saved("flux") / "a.safetensors")
+    assert FOLDED_KEY not in notes_of(saved("flux") / "a.safetensors")
 
 
 def test_damaged_files(saved: Callable[[str], Path], tmp_path: Path) -> None:
@@ -459,8 +459,8 @@ def test_damaged_files(saved: Callable[[str], Path], tmp_path: Path) -> None:
         (file, notes | {"sfumato.scheduler": '{"_class_name": "DDIMSchedule"}'}, "DDIMSchedule"),
         (file, notes | {"sfumato.model": '{"defaults": {"steps": -1}}'}, "steps"),
     ]
-    for tensors, inputs, message in tables:
-        save_file(tensors, bad, inputs)
+    for tensors, metadata, message in tables:
+        save_file(tensors, bad, metadata)
         with pytest.raises(
             UserError, match=f"(?s)bad.safetensors.*{message}|{message}.*bad.safetensors"
         ):
@@ -770,11 +770,11 @@ def test_sit_is_the_papers_network_as_a_flow() -> None:
         velocity = published(file, 2, x, 1 - t, label)
         assert float((y + velocity).norm() / velocity.norm()) < 1e-5
         denoiser = Denoiser(net, Process(schedule("flow"), parameterization("flow")))
-        message = denoiser(x, 0.5, Conditioning(vector=torch.eye(6)[label]))
+        prediction = denoiser(x, 0.5, Conditioning(vector=torch.eye(6)[label]))
         half = published(file, 2, x, torch.full((3,), 0.5), label)
     # z = x + (1 - s) v and eps = x - s v
-    torch.testing.assert_close(message.x0, x + 0.5 * half, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(message.eps, x - 0.5 * half, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(prediction.x0, x + 0.5 * half, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(prediction.eps, x - 0.5 * half, atol=1e-4, rtol=1e-4)
 
 
 def test_the_class_name_distinguishes_sit_from_dit() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers.loaders import single_file_utils as reference
+from diffusers.loaders import single_file_utils
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
@@ -189,10 +189,10 @@ def test_whole_and_back(family: str) -> None:
 def test_diffusers_reads_the_parts_of_sd3() -> None:
     networks = models("sd3")
     file = file_of(networks)
-    result = reference.convert_ldm_vae_checkpoint(dict(file), networks["vae"].config)
+    result = single_file_utils.convert_ldm_vae_checkpoint(dict(file), networks["vae"].config)
     assert equal_tensors(result, names(networks["vae"]))
     for part_name, name in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g")):
-        tower = reference.convert_ldm_clip_checkpoint(
+        tower = single_file_utils.convert_ldm_clip_checkpoint(
             dict(file), f"text_encoders.{name}.transformer."
         )
         expected = names(networks[part_name])
@@ -201,11 +201,11 @@ def test_diffusers_reads_the_parts_of_sd3() -> None:
             expected,
         )
     assert equal_tensors(
-        reference.convert_sd3_t5_checkpoint_to_diffusers(dict(file)),
+        single_file_utils.convert_sd3_t5_checkpoint_to_diffusers(dict(file)),
         names(networks["text_encoder_3"]),
     )
     assert equal_tensors(
-        reference.convert_sd3_transformer_checkpoint_to_diffusers(
+        single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(
             below(file, "model.diffusion_model.")
         ),
         names(networks["transformer"]),
@@ -287,7 +287,8 @@ def test_autoencoder_alone(family: str) -> None:
         assert result.config["_class_name"] == "AutoencoderKLFlux2"
     else:
         assert equal_tensors(
-            reference.convert_ldm_vae_checkpoint(dict(file), network.config), network.state_dict()
+            single_file_utils.convert_ldm_vae_checkpoint(dict(file), network.config),
+            network.state_dict(),
         )
 
 
