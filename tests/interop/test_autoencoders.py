@@ -281,7 +281,7 @@ def test_codes_equal_diffusers(name: str) -> None:
     peer: Any = randomise(diffusers.VQModel(**values))
     image = normal(3, 3, 64, 32)
     h = peer.encode(image).latents
-    # codes among the cells, so that most are somebody's nearest
+    # codes among the cells, so that most are the nearest of a cell
     count = values["num_vq_embeddings"]
     peer.quantize.embedding.weight.copy_(
         h.movedim(1, -1).flatten(0, -2)[:count] + 0.1 * h.std() * normal(count, h.shape[1])
@@ -314,7 +314,7 @@ RENAMED = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_at
 @pytest.mark.parametrize("name", ["kl-f16's levels", "vq-f8's levels", "flux2"])
 @torch.inference_mode()
 def test_old_names_of_attention(name: str, tmp_path: Path) -> None:
-    """They convert them when they open the file; so do we."""
+    """Both libraries rename them when they open the file."""
     network, config, values = pair(name)
     autoencoder = randomise(network(config.from_dict(values | {"mid_block_add_attention": True})))
     save_part(tmp_path, autoencoder)
@@ -503,9 +503,7 @@ def test_published_configs(name: str) -> None:
 
 
 def test_statistics_are_read_as_they_were_written() -> None:
-    """diffusers' SDXL pipeline takes raw = z latents_std / scaling_factor + latents_mean: what we
-    write must say that.
-    """
+    """diffusers' SDXL pipeline takes raw = z latents_std / scaling_factor + latents_mean."""
     autoencoder = AutoencoderKL(
         KLConfig(
             block_out_channels=(4, 8), norm_num_groups=2, latent_channels=2, scaling_factor=0.5

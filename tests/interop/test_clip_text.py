@@ -133,7 +133,7 @@ def test_two_encoders_and_the_refiner(
     close(result.tokens, reference[0])
     assert result.vector is not None
     close(result.vector[:, :10], reference[2])
-    # theirs knows no clip_skip for negative prompts
+    # diffusers has no clip_skip for negative prompts
     negative = conditioners[kind](["ugly, red"] * len(PROMPTS), PICTURE)
     assert negative.vector is not None
     close(negative.tokens, reference[1])
@@ -154,7 +154,7 @@ def test_no_prompt_is_zeros_where_the_model_says_so_and_an_empty_prompt_is_text(
 
 
 def network(numbers: int) -> Any:
-    """As much of a U-Net as they ask how many numbers it takes."""
+    """Provide the fields of a U-Net from which diffusers counts the conditioning numbers."""
     widths = SimpleNamespace(in_features=4 * numbers + 10)
     return SimpleNamespace(
         config=SimpleNamespace(addition_time_embed_dim=4),
@@ -293,7 +293,7 @@ def test_folders_of_older_versions_open(
 
 
 def test_the_real_tokenizers_rules_are_transformers_own(conditioners: dict[str, ClipText]) -> None:
-    """Begin, words, end, padding: built here by hand, by theirs with its template."""
+    """Begin, words, end, padding: by hand here, by a template in transformers."""
     encoder = conditioners["sd2"].encoder
     assert encoder is not None and encoder.tokenizer.pad_token_id == 0
     for prompt in PROMPTS:

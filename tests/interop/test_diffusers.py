@@ -271,7 +271,7 @@ UNETS: dict[str, dict[str, Any]] = {
 def inputs(
     config: UNetConfig, size: tuple[int, int], mask: bool = False
 ) -> tuple[Tensor, Tensor, Conditioning, dict[str, Any]]:
-    """x (2, 3, h, w), timesteps and the same conditioning in our words and in theirs."""
+    """Return x (2, 3, h, w), timesteps, and the conditioning for sfumato and for diffusers."""
     cross = any(
         "Cross" in str(k)
         for k in (*config.down_block_types, *config.up_block_types, config.mid_block_type)
@@ -392,8 +392,9 @@ def test_every_input_shows_in_the_output() -> None:
 @pytest.mark.parametrize("size", [(8, 8), (7, 7)])
 @torch.inference_mode()
 def test_controlnet_residuals(size: tuple[int, int]) -> None:
-    """The residuals of a real ControlNet go through our door `Conditioning.residuals`: its down
-    blocks' in order, then the middle's.
+    """A real ControlNet's residuals are the network's `Conditioning.residuals`.
+
+    Those of the down blocks come in order, then the middle's.
     """
     values = TINY | CROSS | {"mid_block_type": "UNetMidBlock2DCrossAttn"}
     actual = randomised(UNet(UNetConfig(**values)))
@@ -575,7 +576,7 @@ def test_flow_scheduler_in_both_directions(tmp_path: Path) -> None:
     peer.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "scheduler_config.json").read_text())
     assert len(values) > 12 and from_scheduler_config(values) == process
-    # no scheduler of theirs stands for it: a config of our own does
+    # no scheduler of diffusers stands for it: a config of sfumato does
     other = Process(schedule("flow"), parameterization("v"))
     config = to_scheduler_config(other)
     assert (
@@ -708,8 +709,9 @@ def test_a_whole_model_makes_the_same_latents_and_pictures(
     ],
 )
 def test_rescaled_and_own_tables_in_both_directions(chosen: Any, parameter: str) -> None:
-    """Their scheduler built from our config has our table, and our config read again is the same
-    process.
+    """A scheduler of diffusers built from a written config has the same table.
+
+    The config read again gives the same process.
     """
     process = Process(chosen, parameterization(parameter))
     config = to_scheduler_config(process)

@@ -1,5 +1,6 @@
-"""DiT and PixArt beside diffusers': the same keys, outputs and files, at any size that theirs can
-do; and what ours does beyond.
+"""Parity with DiT and PixArt of diffusers: the same keys, outputs and files.
+
+They are compared at every size that diffusers takes; other sizes are tested alone.
 """
 
 import json
@@ -65,8 +66,10 @@ every = pytest.mark.parametrize("name", [*DITS, *PIXARTS])
 
 
 def diffusers_network(name: str, alike: bool = True) -> Any:
-    """diffusers' network; a DiT's layers for time and class are the same in all blocks, as in
-    published files, unless told otherwise.
+    """A network of diffusers with random weights.
+
+    A DiT's layers for time and class are the same in all blocks, as in published files, unless
+    `alike` is False.
     """
     if name in PIXARTS:
         values = SMALL | {"cross_attention_dim": 24} | PIXARTS[name]
@@ -276,7 +279,7 @@ def test_sides_that_are_no_multiple_of_the_patch(name: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["DiT", "PixArt", "PixArt, sizes"])
 def test_the_class_of_the_first_files(name: str, tmp_path: Path) -> None:
-    """Transformer2DModel: diffusers reads such folders as what they are, and so do we."""
+    """Both libraries open folders of Transformer2DModel as networks of today's classes."""
     peer = diffusers_network(name)
     peer.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -319,7 +322,7 @@ def test_configs_come_back(name: str) -> None:
 
 FULL: dict[str, tuple[str, dict[str, Any], int]] = {
     # millions of parameters: 675 of DiT-XL/2 (Peebles & Xie 2022, arXiv:2212.09748); diffusers'
-    # class has 750, with 27 copies of the same layers. The paper of PixArt says 0.6 billion (Chen
+    # class has 750, with 27 copies of the same layers. The paper of PixArt gives 0.6 billion (Chen
     # et al. 2023, arXiv:2310.00426); 611 is what diffusers' class has with the published configs.
     "DiT-XL/2 256": ("DiTTransformer2DModel", {"out_channels": 8}, 675),
     "DiT-XL/2 512": ("DiTTransformer2DModel", {"out_channels": 8, "sample_size": 64}, 675),

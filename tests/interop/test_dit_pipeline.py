@@ -1,5 +1,6 @@
-"""DiTPipeline beside ours: the same folder, classes, seeds and steps give the same pictures, to
-1e-3 of white in float32.
+"""Parity with DiTPipeline.
+
+The same folder, classes, seeds and steps give the same images, to 1e-3 of white in float32.
 """
 
 import json
@@ -141,7 +142,7 @@ def test_folders_of_the_first_class(tmp_path: Path) -> None:
 
 
 def test_another_scheduler(tmp_path: Path) -> None:
-    """The sampler of the folder is the run's, also after we saved it."""
+    """The run uses the sampler of the folder's scheduler, also after the model was saved."""
     pipe = diffusers_pipeline()
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.save_pretrained(tmp_path / "diffusers")
@@ -165,7 +166,7 @@ def test_other_sizes(tmp_path: Path) -> None:
 
 
 def test_other_numbers_of_classes_are_not_for_their_pipeline(tmp_path: Path) -> None:
-    """It takes class 1000 for none, whatever the table: such models are saved as ours."""
+    """DiTPipeline takes class 1000 for none: such models are saved in sfumato's layout."""
     diffusers_pipeline().save_pretrained(tmp_path / "diffusers")
     model = load(tmp_path / "diffusers")
     network = randomised(

@@ -86,7 +86,7 @@ def peer_of(name: str) -> Any:
 
 
 def network_of(name: str) -> Any:
-    """The same weights in our network, without a file between."""
+    """A network of sfumato with the weights of `peer_of`, without a file between."""
     network_class, config_class = registered()[
         "FluxTransformer2DModel" if "FLUX.1" in name else "Flux2Transformer2DModel"
     ]
@@ -494,7 +494,7 @@ def test_every_weight_gets_a_gradient(name: str) -> None:
         for k, p in network.named_parameters()
         if p.grad is None or not float(p.grad.abs().max()) > 0
     ]
-    # The last double block's text is read by nobody where no single block follows.
+    # The last double block's text has no reader where no single block follows.
     if network.config.num_single_layers == 0:
         last = f"transformer_blocks.{network.config.num_layers - 1}."
         none = [
@@ -570,7 +570,7 @@ def test_one_graph_for_compilers() -> None:
     run_python("-c", COMPILED)
 
 
-# ---- what is refused -----------------------------------------------------------------------------
+# ---- refused inputs ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

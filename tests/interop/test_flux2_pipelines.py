@@ -1,9 +1,9 @@
-"""diffusers' pipelines of FLUX.2 beside ours, with small random networks: the same folder, words,
-pictures and noise give the same pictures.
+"""Parity with diffusers' pipelines of FLUX.2, with small random networks.
 
-Flux2Pipeline (Mistral, learned guidance) and Flux2KleinPipeline (Qwen; with guidance by two passes,
-or distilled), drawing from words alone and reading pictures. All is float32; pictures are compared
-in [0, 1]. What we save opens in diffusers with the same tensors under the same names.
+The same folder, prompts, images and noise give the same images: Flux2Pipeline (Mistral, learned
+guidance) and Flux2KleinPipeline (Qwen; with guidance by two passes, or distilled), from prompts
+alone and with reference images. All is float32; images are compared in [0, 1]. Saved models open in
+diffusers with the same tensors under the same names.
 """
 
 import json
@@ -220,7 +220,7 @@ def test_streamed(kind: str, folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [1, 2])
 def test_pictures_that_are_read(kind: str, count: int, folders: dict[str, Path]) -> None:
-    """One picture and two, of another size than what is drawn."""
+    """One reference image and two, of another size than the generated image."""
     pipe, model = open_pipeline(folders[kind]), load(folders[kind])
     read = [photo(5), photo(6, 80, 64)][:count]
     options: dict[str, Any] = {"height": 48, "width": 32}
@@ -235,7 +235,7 @@ def test_pictures_that_are_read(kind: str, count: int, folders: dict[str, Path])
 
 
 def test_a_picture_that_is_not_of_whole_tokens(folders: dict[str, Path]) -> None:
-    """What is too much at the sides is left out; what is drawn has the size that is left."""
+    """The image is cut to whole tokens at its sides; the generated image has the same size."""
     pipe, model = open_pipeline(folders["distilled"]), load(folders["distilled"])
     read = photo(7, 75, 109)
     expected = pictures(pipe, image=read, num_inference_steps=2)
@@ -246,8 +246,9 @@ def test_a_picture_that_is_not_of_whole_tokens(folders: dict[str, Path]) -> None
 def test_pictures_that_are_too_large(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Made smaller as theirs are, but for the filter (Lanczos there, bicubic here), and then cut; a
-    tiny one is drawn out to a token.
+    """They are reduced as by diffusers, then cut; a tiny one is enlarged to a token.
+
+    The filter differs: Lanczos in diffusers, bicubic in sfumato.
     """
     from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 

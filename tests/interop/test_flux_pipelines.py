@@ -1,9 +1,9 @@
-"""diffusers' pipelines of FLUX.1 beside ours, with small random networks: the same folder, words
-and noise give the same pictures.
+"""Parity with diffusers' pipelines of FLUX.1, with small random networks.
 
-FluxPipeline (dev and schnell), FluxImg2ImgPipeline, FluxInpaintPipeline, FluxFillPipeline,
-FluxControlPipeline, FluxKontextPipeline. All is float32; pictures are compared in [0, 1]. What we
-save opens in diffusers with the same tensors under the same names.
+The same folder, prompts and noise give the same images: FluxPipeline (dev and schnell),
+FluxImg2ImgPipeline, FluxInpaintPipeline, FluxFillPipeline, FluxControlPipeline,
+FluxKontextPipeline. All is float32; images are compared in [0, 1]. Saved models open in diffusers
+with the same tensors under the same names.
 """
 
 import json
@@ -54,7 +54,7 @@ PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 PROMPTS = ["a red cat", "two dogs, 3 cats"]
 SIZE = {"height": 32, "width": 48}
 FEW: dict[str, Any] = {"max_sequence_length": 256}
-"""What schnell was trained with; diffusers' pipelines have to be told."""
+"""Settings that schnell was trained with; diffusers' pipelines take them as arguments."""
 
 
 @cache
@@ -220,8 +220,9 @@ def test_text_to_image(kind: str, size: tuple[int, int], folders: dict[str, Path
 
 
 def test_learned_guidance_and_a_second_pass(folders: dict[str, Path]) -> None:
-    """A bare number is what the network is told; with `distilled_guidance` beside it, it is the
-    scale of two passes (their true CFG).
+    """A single `guidance` is the network's input.
+
+    Beside `distilled_guidance` it is the scale of two passes (diffusers' true_cfg_scale).
     """
     pipe, model = open_pipeline(folders["dev"]), load(folders["dev"])
     plain = pictures(pipe, num_inference_steps=3, guidance_scale=7.0, **SIZE)
@@ -291,8 +292,9 @@ def test_streamed(folders: dict[str, Path]) -> None:
 def test_image_to_image(
     kind: str, strength: float, sfumato_strength: float, folders: dict[str, Path]
 ) -> None:
-    """Where the strength is no whole number of steps we round down, and they up: 0.6 of four are
-    three.
+    """Where the strength is no whole number of steps, sfumato rounds down, diffusers up.
+
+    0.6 of four steps are three in diffusers.
     """
     pipe, model = open_pipeline(folders[kind], "FluxImg2ImgPipeline"), load(folders[kind])
     options = SIZE | (FEW if kind == "schnell" else {})
@@ -374,8 +376,9 @@ def test_fill(folders: dict[str, Path]) -> None:
 
 
 def settled(pipe: Any) -> Any:
-    """The pipeline with an autoencoder that says the mean where it is asked for a sample, and draws
-    nothing for it.
+    """The pipeline with an autoencoder whose samples are its means.
+
+    It draws no noise for them.
     """
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
@@ -412,8 +415,9 @@ def test_control(folders: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("size", [(32, 48), (48, 32)])
 def test_kontext(size: tuple[int, int], folders: dict[str, Path]) -> None:
-    """A picture for both images, of another size than what is drawn; a picture for each; two
-    passes; no picture.
+    """A reference image for both images, one for each, two passes, and none.
+
+    The first has another size than the generated images.
     """
     pipe, model = open_pipeline(folders["kontext"]), load(folders["kontext"])
     options: dict[str, Any] = {"height": size[0], "width": size[1]}
@@ -444,8 +448,9 @@ def test_kontext(size: tuple[int, int], folders: dict[str, Path]) -> None:
 
 
 def test_inversion_takes_the_distilled_guidance(folders: dict[str, Path]) -> None:
-    """The noise of a picture gives the picture back, under the strength that is told in both ways;
-    two passes are off unless asked for.
+    """The noise of an image gives the image back, with the same distilled guidance.
+
+    Two passes are off unless the caller sets them.
     """
     model = load(folders["dev"])
     z = model.encode(photo() * 2 - 1)

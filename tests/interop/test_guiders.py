@@ -1,8 +1,7 @@
-"""Parity with diffusers' guiders and with its perturbed attention. They are a reference here and
-nothing else.
+"""Parity with diffusers' guiders and with its perturbed attention.
 
-Their guiders combine whatever tensors they are given; ours say on which: x0 for rescale and
-project, the velocity for zero_star.
+diffusers is a reference here and nothing else. Its guiders combine any tensors; the rules of
+sfumato work on x0 (rescale, project) or on the velocity (zero_star).
 """
 
 from collections.abc import Callable
@@ -84,8 +83,9 @@ def test_rescale(w: float, phi: float) -> None:
     ],
 )
 def test_adaptive_projected_guidance(w: float, options: dict[str, float]) -> None:
-    """Over four steps, for the momentum. Theirs starts from the unconditional prediction by
-    default, ours from the conditional.
+    """Over four steps, for the momentum.
+
+    By default diffusers starts from the unconditional prediction, sfumato from the conditional.
     """
     guider = guiders.AdaptiveProjectedGuidance(
         guidance_scale=w - 1,

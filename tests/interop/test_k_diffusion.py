@@ -1,16 +1,17 @@
-"""Parity with k-diffusion (Katherine Crowson), whose samplers much of the world calls by name: the
-same network, noise and noise levels.
+"""Parity with k-diffusion (Katherine Crowson).
 
-Its functions know sigma alone. Ours are run in any (alpha, sigma) and compared in its coordinates,
-x/alpha at sigma/alpha, at every network call and at the end. All in float64, as its code keeps what
-it is given; only its spacings begin in float32, where float64 is put.
+The same network, noise and noise levels give the same latents. The functions of k-diffusion take
+sigma alone. The samplers of sfumato run in any (alpha, sigma) and are compared in its coordinates,
+x/alpha at sigma/alpha, at every network call and at the end. All is in float64, which k-diffusion
+keeps; its spacings begin in float32, where the tests put float64.
 
 Differences:
-- churn above the schedule's own highest level: theirs goes there; ours stays, because no network
-was trained there. - `sample_dpmpp_2s_ancestral` and `sample_dpm_2_ancestral` with eta > 0,
-`sample_dpm_fast` and `sample_dpm_adaptive`, and the noise of a
-  Brownian tree (theirs by default in the SDE samplers: the same path whatever the steps) have no
-  counterpart here.
+
+- churn above the schedule's own highest level: k-diffusion goes there; sfumato stays, because no
+  network was trained there.
+- without a counterpart here: `sample_dpmpp_2s_ancestral` and `sample_dpm_2_ancestral` with
+  eta > 0, `sample_dpm_fast` and `sample_dpm_adaptive`, and the noise of a Brownian tree (the
+  default of k-diffusion's SDE samplers: the same path whatever the steps).
 """
 
 import importlib.util
@@ -105,7 +106,7 @@ def denoised(x: Tensor, sigma: float) -> Tensor:
 def sfumato_run(
     sampler: Any, chosen: Schedule, times: list[float], start: Tensor, **options: Any
 ) -> list[Tensor]:
-    """Every x/alpha that was asked about and, last, the result."""
+    """Return x/alpha at every network call and, last, the result."""
     draws, seen = iter(noises()), []
 
     def denoise(x: Tensor, t: float) -> Prediction:
@@ -127,8 +128,9 @@ def k_diffusion_run(
     patch: pytest.MonkeyPatch,
     **options: Any,
 ) -> list[Tensor]:
-    """The same of theirs. Noise comes by noise_sampler, or where a function has none (churn) by
-    torch.randn_like.
+    """Return x at every network call of k-diffusion and, last, the result.
+
+    Noise comes by noise_sampler, or where a function has none (churn) by torch.randn_like.
     """
     draws, seen = iter(noises()), []
 
@@ -219,7 +221,7 @@ def spaced(name: str, steps: int, chosen: Schedule) -> list[float]:
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers(k_diffusion: Any, name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every latent that the network is asked about, and the last; the spacings in turns."""
+    """Compare the latents of every network call, and the last; the spacings in turns."""
     sampler, function, options, k_options = SAMPLERS[name]
     chosen = SCHEDULES[kind]
     spacing = list(SPACINGS)[
@@ -248,7 +250,7 @@ def test_churn(
     limits = levels[-3] * 0.9, levels[1] * 1.1  # the first and the last levels stay out
     start = noises()[-1] * levels[0]
     k_options = {"s_churn": churn, "s_tmin": limits[0], "s_tmax": limits[1], "s_noise": 1.003}
-    # theirs draws in every step, used or not: so do ours, at the steps where nothing is added
+    # k-diffusion draws in every step, used or not: so does sfumato where nothing is added
     unused = [not limits[0] <= level <= limits[1] for level in levels[:-1]]
     draws = [noise for noise, skip in zip(noises(), unused, strict=False) if not skip]
     monkeypatch.setattr(sys.modules[__name__], "noises", lambda count=64: [*draws, start])
@@ -274,8 +276,9 @@ def test_churn(
 def test_churn_stops_at_the_highest_level(
     k_diffusion: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Theirs raises the noise above sigma_max in the first step; ours has no time to go to and
-    leaves it.
+    """k-diffusion raises the noise above sigma_max in the first step.
+
+    sfumato has no time for such a level and leaves the noise as it is.
     """
     chosen = SCHEDULES["edm"]
     times = timesteps("karras", 5, chosen)
@@ -293,8 +296,9 @@ def test_churn_stops_at_the_highest_level(
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("steps", [1, 2, 5, 18, 40])
 def test_spacings(k_diffusion: Any, steps: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Karras, exponential and polyexponential levels from the schedule's highest to the least that
-    its network knows.
+    """Karras, exponential and polyexponential levels.
+
+    They go from the schedule's highest to the least that its network was trained on.
     """
     monkeypatch.setattr(
         torch,

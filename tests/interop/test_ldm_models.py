@@ -99,7 +99,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_unet_without_tokens(kind: str, tmp_path: Path) -> None:
-    """The same folder, the same numbers, ours from theirs and theirs from ours."""
+    """Folders of each library open in the other with the same weights."""
     peer = randomised(diffusers.UNet2DModel(**{**SMALL, **KINDS[kind]}), 1)
     peer.save_pretrained(tmp_path / "diffusers")
     network = load_part(tmp_path / "diffusers", "UNet2DModel")
@@ -174,7 +174,7 @@ def test_bad_configs_of_a_unet_without_tokens_are_refused(
 
 
 def test_steps_by_residual_blocks_with_tokens() -> None:
-    """UNet2DConditionModel knows such blocks too."""
+    """UNet2DConditionModel has such blocks too."""
     shape = {
         "in_channels": 3,
         "out_channels": 3,
@@ -570,7 +570,7 @@ def compare(result: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("kind", ["CelebA-HQ, FFHQ, bedrooms", "churches"])
 def test_unconditional_pictures(kind: str, tmp_path: Path) -> None:
-    """What diffusers saved we open, what we save diffusers opens; the default run is theirs too."""
+    """Folders of each library open in the other, with the same default run."""
     peer = unconditional_pipeline(**KINDS[kind])
     peer.save_pretrained(tmp_path / "diffusers")
     expected = drawn(peer, batch_size=2)
@@ -729,8 +729,9 @@ def same_pictures(a: LatentDiffusion, b: LatentDiffusion, **request: Any) -> Non
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
 def test_text_to_image_single_files(tmp_path: Path, dtype: torch.dtype | None) -> None:
-    """diffusers' folder -> our single file under the original names -> the same model, tokenizer
-    and run included.
+    """A folder of diffusers becomes a single file with the original names, and back.
+
+    The model is the same, tokenizer and run included.
     """
     wide = {
         "unet": WIDE,
@@ -779,7 +780,7 @@ def test_unconditional_single_files(name: str, tmp_path: Path) -> None:
         assert kind["_class_name"] == "LDMPipeline" and kind["unet"] == ["diffusers", "UNet2DModel"]
         expected = drawn(open_pipeline(tmp_path / "folder", "LDMPipeline"), batch_size=2)
         compare(load(tmp_path / "folder").generate(n=2, steps=5, output="tensor"), expected)
-    else:  # 8 heads at every width: diffusers' class has no field for it, and would pass over ours
+    else:  # 8 heads at every width: diffusers' class has no field for it
         assert kind["_class_name"] == "LatentDiffusion" and kind["unet"] == [
             "diffusers",
             "SfumatoUNet2DModel",

@@ -173,7 +173,10 @@ def test_a_refiner_is_saved_and_opened(folders: dict[str, Path], tmp_path: Path)
     ],
 )
 def test_inpainting(family: str, name: str, strength: float, folders: dict[str, Path]) -> None:
-    """Ordinary models at full strength: told to, the first look is at noise alone, as theirs."""
+    """Ordinary models at full strength begin with noise alone, as in diffusers.
+
+    `noise_only_start` sets it.
+    """
     image, mask = smooth_image(), rectangle_mask()
     options: dict[str, Any] = {
         "height": 24,
@@ -302,7 +305,7 @@ def test_a_series_between_a_short_and_a_long_prompt(family: str, folders: dict[s
 def test_the_other_tasks_with_refiners_inpainting_and_instructions(
     folders: dict[str, Path],
 ) -> None:
-    """Variations and series are for networks that take the latent alone; the others say so."""
+    """Variations and series need a network of the latent alone; others are refused."""
     for family in ("SDXL inpainting", "InstructPix2Pix"):
         model = opened(folders[family])
         for way in ("noise", "inversion"):

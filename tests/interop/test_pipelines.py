@@ -1,8 +1,8 @@
-"""Whole pipelines beside diffusers': the same folder, prompt, seeds and steps give the same
-pictures, to 1e-3 of white in float32.
+"""Parity of whole pipelines with diffusers.
 
-Small random models of every family, with the shapes that make the family: what diffusers saved we
-open, what we save diffusers opens.
+The same folder, prompt, seeds and steps give the same images, to 1e-3 of white in float32. The
+models are small, random and of every family, with the shapes that make the family. Folders of each
+library open in the other.
 """
 
 from dataclasses import replace
@@ -121,9 +121,7 @@ PUBLISHED = published_schedulers()
 
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_runs_without_a_word_about_samplers(family: str, tmp_path: Path) -> None:
-    """The scheduler of the folder is the sampler, spacing and end of our run, also after we saved
-    it.
-    """
+    """The folder's scheduler sets sampler, spacing and end, also after the model was saved."""
     pipe = tiny_pipeline(family)
     pipe.scheduler = PUBLISHED[family]
     pipe.save_pretrained(tmp_path / "diffusers")
@@ -200,7 +198,7 @@ def test_image_to_image(family: str, name: str, strength: float, folders: dict[s
     ("family", "strength"), [("SD 1", 0.6), ("SD 1 inpainting", 1.0), ("SD 1 inpainting", 0.6)]
 )
 def test_inpainting(family: str, strength: float, folders: dict[str, Path]) -> None:
-    """With an ordinary model, and with one that is told the mask and the rest of the picture."""
+    """With an ordinary model, and with a network of mask and masked image."""
     image, mask = smooth_image(), rectangle_mask()
     options: dict[str, Any] = {
         "height": 24,
@@ -250,8 +248,9 @@ def test_instructions(folders: dict[str, Path]) -> None:
 
 
 def test_enlarging(folders: dict[str, Path], tmp_path: Path) -> None:
-    """The small picture made noisy, beside the latent; here by the tiny autoencoder's factor, 2.
-    And as we save it.
+    """The noisy low-resolution image is concatenated to the latent.
+
+    The tiny autoencoder's factor is 2. The saved model gives the same.
     """
     image = smooth_image(height=14, width=10)
     options = {
@@ -301,7 +300,7 @@ def test_networks_that_want_more_say_so(folders: dict[str, Path]) -> None:
 
 # ---- single files in the original layout ---------------------------------------------------------
 
-# The layout's own numbers, which its files do not say: norms of 32 groups, 8 heads or heads 64
+# Numbers of the layout, which its files do not hold: norms of 32 groups, 8 heads or heads 64
 # wide.
 WIDE = {"norm_num_groups": 32, "layers_per_block": 1}
 ORIGINALS: dict[str, dict[str, Any]] = {
@@ -356,7 +355,7 @@ def original(family: str) -> Any:
 
 @pytest.mark.parametrize("family", ORIGINALS)
 def test_single_files_both_ways(family: str, tmp_path: Path) -> None:
-    """diffusers' folder -> our single file -> diffusers and we open it -> the same pictures."""
+    """A folder of diffusers, saved as one file, opens in both libraries: the same images."""
     pipe = original(family)
     pipe.save_pretrained(tmp_path / "folder")
     folder = load(tmp_path / "folder")

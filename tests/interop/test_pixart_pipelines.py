@@ -1,8 +1,8 @@
-"""PixArt's pipelines beside ours: the same folder, prompts, seeds and steps give the same pictures,
-to 1e-3 of white in float32.
+"""Parity with PixArt's pipelines.
 
-Small random models: alpha, with and without being told the picture's size, and Sigma. What
-diffusers saved we open, what we save it opens.
+The same folder, prompts, seeds and steps give the same images, to 1e-3 of white in float32. The
+models are small and random: alpha, with and without the image's size as a condition, and Sigma.
+Folders of each library open in the other.
 """
 
 from pathlib import Path
@@ -88,8 +88,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def diffusers_images(pipe: Any, prompts: list[str], **options: Any) -> Tensor:
-    """Images of the size asked for, not of the nearest trained one, and of prompts that are not
-    cleaned like captions from the web.
+    """Images of the requested size and of prompts as written.
+
+    Neither the nearest trained size nor diffusers' cleaning of captions is used.
     """
     return pipeline_images(
         pipe, prompts, **({"use_resolution_binning": False, "clean_caption": False} | options)
@@ -157,7 +158,7 @@ def test_folders_open_in_both_libraries(
 
 
 def test_by_the_models_own_settings(folders: dict[str, Path]) -> None:
-    """Steps, guidance and size where nobody says them."""
+    """Default steps, guidance and size."""
     pipe = open_pipeline(folders["Sigma, small"], "PixArtSigmaPipeline")
     compare(
         load(folders["Sigma, small"]).generate(PROMPTS, output="tensor"),
@@ -166,8 +167,9 @@ def test_by_the_models_own_settings(folders: dict[str, Path]) -> None:
 
 
 def test_the_size_reaches_the_network(folders: dict[str, Path]) -> None:
-    """Alpha's model for 1024 pixels draws another picture where it is told another size; and it
-    begins with a picture as others do.
+    """Alpha's model for 1024 pixels draws another image for another size condition.
+
+    It runs image to image like other models.
     """
     model = load(folders["alpha, 1024 pixels"])
     size: dict[str, Any] = {"height": 16, "width": 24}

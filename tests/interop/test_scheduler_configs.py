@@ -1,9 +1,9 @@
-"""scheduler_config.json: a scheduler of diffusers built from it and our sampler, spacing and
-process read from it end at the same latents.
+"""A scheduler of diffusers and the sampler read from its config end at the same latents.
 
-The network is exact for Gaussian latents, and told a timestep by both. Their code runs in float64
-(`helpers.schedulers`), so that what agrees does so to 1e-9, and each greater tolerance is a
-difference with a reason (`DIFFERENT`, from the table of test_samplers.py).
+Sampler, spacing and process are read from scheduler_config.json. The network is exact for Gaussian
+latents and takes a timestep from both. diffusers runs in float64 (`helpers.schedulers`), so that
+what agrees does so to 1e-9, and each greater tolerance is a difference with a reason (`DIFFERENT`,
+from the list of test_samplers.py).
 """
 
 import inspect
@@ -99,7 +99,7 @@ def times_of(recipe: SchedulerSpec, steps: int, tokens: int | None = None) -> li
 def sfumato_run(
     recipe: SchedulerSpec, times: list[float], start: Tensor, at: list[float] | None = None
 ) -> Tensor:
-    """The final latents of our sampler; `at` replaces the timesteps of the network's calls."""
+    """The final latents of sfumato; `at` replaces the timesteps of the network's calls."""
     sampler, options = sampler_of(recipe.sampler)
     return step_sampler(
         sampler, recipe.process, times, network(recipe.process), start, at, **options
@@ -118,10 +118,10 @@ def apart(
     even: bool | None = None,
     **spaced: Any,
 ) -> float:
-    """How far the two ends are from each other, relative to their size; both begin at the same x.
+    """The distance of the two ends, relative to their size; both begin at the same x.
 
-    told: our network is told the (whole) timesteps that theirs is. spaced: what their
-    `set_timesteps` is given besides the steps.
+    diffusers_timesteps: sfumato's network takes the (whole) timesteps of diffusers. spaced:
+    arguments of diffusers' `set_timesteps` besides the steps.
     """
     recipe = read_scheduler(values, even)
     scheduler = made.from_config(values)
@@ -402,7 +402,7 @@ def test_a_flow_shifted_by_the_images_size(
     for steps in (1, 7, 20):
         scheduler = double("FlowMatchEulerDiscreteScheduler").from_config(config)
         if steps == 1 and more.get("shift_terminal"):
-            continue  # theirs stretches the only time, from which nothing can begin
+            continue  # diffusers stretches the only time, from which nothing can begin
         spaced = (
             {"sigmas": np.linspace(1, 1 / steps, steps)} if even else {"num_inference_steps": steps}
         )
@@ -582,8 +582,9 @@ def test_published_families(family: str, double: Callable[[str], Any]) -> None:
 def test_a_read_config_is_written_so_that_diffusers_makes_the_same_run(
     case: Case, double: Callable[[str], Any]
 ) -> None:
-    """Their class built from what we write has the same times and levels as from the config that we
-    read, and we read the same again.
+    """A written config gives diffusers' class the times and levels of the config that was read.
+
+    sfumato reads the same from both.
     """
     recipe = read_scheduler(case.config)
     written = json.loads(
@@ -655,8 +656,9 @@ NOT_IN_DIFFUSERS: list[tuple[Process, str, str]] = [
 def test_runs_that_diffusers_has_not_come_back_too(
     process: Process, sampler: str, spacing: str, tmp_path: Path
 ) -> None:
-    """The process is in a class of theirs where there is one, and theirs opens it; the run is in a
-    note of ours.
+    """The run is in a note of sfumato's own.
+
+    The process is in a class of diffusers where there is one, and diffusers opens it.
     """
     written = write_scheduler(process, sampler, spacing)
     (tmp_path / "scheduler_config.json").write_text(json.dumps(written))
@@ -676,7 +678,7 @@ def test_runs_that_diffusers_has_not_come_back_too(
 
 
 def test_a_note_is_dropped_when_the_fields_beside_it_change() -> None:
-    """Who turns on Karras' levels, or another class, in a file that we wrote wants these."""
+    """An edited config (Karras' levels, another class) counts more than the note in it."""
     written = write_scheduler(
         Process(schedule("scaled_linear"), parameterization("eps")), "restart", "trailing"
     )
@@ -710,7 +712,7 @@ def test_dynamic_shifts_come_back(dynamic: DynamicShift) -> None:
 
 
 def test_we_know_every_field_of_their_classes_with_its_default() -> None:
-    """A field or a default that theirs changes is seen here."""
+    """A field or a default that diffusers changes fails here."""
     for name, actual in CLASSES.items():
         reference = {
             k: p.default
@@ -758,8 +760,9 @@ NOTED: list[tuple[str, dict[str, Any], str, str]] = [
 def test_differences_are_reported(
     name: str, fields: dict[str, Any], sampler: str, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A warning with the nearest; an error where that is asked for; nothing where only the process
-    is.
+    """A warning with the nearest sampler; an error in strict mode.
+
+    Nothing is reported where only the process is read.
     """
     config = Case(name, fields).config
     with caplog.at_level(logging.WARNING, "sfumato"):
@@ -891,8 +894,9 @@ def test_any_config_is_read_or_refused_in_one_sentence(name: str, data: st.DataO
 
 
 def test_noise_predicted_at_a_nearly_zero_terminal_snr() -> None:
-    """Classes that rescale to exactly zero cannot say it, and are passed over when it is
-    written.
+    """Classes that rescale to exactly zero cannot hold it.
+
+    They are passed over when the config is written.
     """
     recipe = read_scheduler(
         {"_class_name": "DPMSolverMultistepScheduler", "rescale_betas_zero_snr": True}
@@ -906,9 +910,7 @@ def test_noise_predicted_at_a_nearly_zero_terminal_snr() -> None:
 
 
 def test_both_ways_for_processes_alone() -> None:
-    """`to_scheduler_config` says no more than the process: what models were saved with, and are
-    told apart by.
-    """
+    """`to_scheduler_config` writes the process alone, by which saved models are told apart."""
     assert to_scheduler_config(Process(schedule("flow"), parameterization("flow"))) == {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "num_train_timesteps": 1000,

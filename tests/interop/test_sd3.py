@@ -154,7 +154,7 @@ def test_in_both_directions_through_folders(kind: str, tmp_path: Path) -> None:
     ids=str,
 )
 def test_the_table_of_places_of_a_new_network(values: dict[str, Any]) -> None:
-    """Theirs are rounded to float32 on the way."""
+    """diffusers rounds its table to float32 on the way."""
     network, peer = (
         SD3(SD3Config(**(SMALL | values))),
         diffusers.SD3Transformer2DModel(**(SMALL | values)),
@@ -182,7 +182,7 @@ def test_full_sizes(name: str) -> None:
 
 @torch.inference_mode()
 def test_sides_that_are_no_whole_patches() -> None:
-    """The map's edge goes on until they are, and what is made of it is cut off again."""
+    """The map is padded with its edge to whole patches; the result is cut to its size."""
     network = network_of("SD 3.5 medium")
     peer = peer_of(network)
     for size in ((7, 9), (1, 1), (8, 5)):
@@ -197,7 +197,7 @@ def test_sides_that_are_no_whole_patches() -> None:
 @every
 @torch.inference_mode()
 def test_a_masked_token_is_as_none(kind: str) -> None:
-    """Theirs has no mask: it is given the shorter text."""
+    """diffusers has no mask: its network takes the shorter text."""
     network = network_of(kind)
     peer = peer_of(network)
     x, t, cond = inputs(network, SIZES[network.patch][0])
@@ -269,8 +269,9 @@ def test_a_controlnets_residuals(layers: int) -> None:
 
 @torch.inference_mode()
 def test_residuals_of_every_number() -> None:
-    """n of them for m blocks, where n does not divide m too: the one that theirs takes is added
-    behind each block.
+    """n residuals for m blocks, where n does not divide m too.
+
+    After each block the residual that diffusers takes is added.
     """
     network = network_of("SD 3", num_layers=7)
     peer = peer_of(network)
@@ -415,11 +416,10 @@ def test_perturbed_attention() -> None:
 
 @torch.inference_mode()
 def test_away_from_no_condition_and_from_perturbed_attention() -> None:
-    """Both at once, as diffusers' pipeline does: y_0 + 7 (y - y_0) + 3 (y - y perturbed), three
-    parts of one batch; and on its own, two.
+    """Both at once, as in diffusers' pipeline, three parts of one batch; and alone, two.
 
-    Theirs knows no dual blocks: there it takes the second attention, which has no text, for a joint
-    one, and fails.
+    y_0 + 7 (y - y_0) + 3 (y - y perturbed). diffusers fails with dual blocks: it takes the second
+    attention, which has no text, for a joint one.
     """
     network = network_of("SD 3", num_layers=4)
     peer, denoiser, (x, _, cond) = (
@@ -563,8 +563,9 @@ def test_bits_of_a_perturbed_network_do_not_depend_on_the_batch() -> None:
 
 @torch.inference_mode()
 def test_wide_layers_and_more_rows_than_are_taken_at_a_time() -> None:
-    """Where feed-forward layers take rows by parts and matrices are large; packed and plain; theirs
-    and ours.
+    """Feed-forward layers take rows by parts, and matrices are large.
+
+    Packed and plain networks are compared with diffusers.
     """
     wide: dict[str, Any] = {
         "num_layers": 2,
@@ -587,7 +588,7 @@ def test_wide_layers_and_more_rows_than_are_taken_at_a_time() -> None:
 @pytest.mark.parametrize("kind", ["SD 3", "SD 3.5 medium"])
 @torch.inference_mode()
 def test_bfloat16(kind: str) -> None:
-    """As near to float32 as theirs."""
+    """The error to float32 is as small as that of diffusers."""
     exact = network_of(kind)
     x, t, cond = inputs(exact, (8, 8))
     y = exact(x, t, cond)
@@ -619,7 +620,10 @@ def test_bfloat16(kind: str) -> None:
 
 @every
 def test_every_parameter_that_is_used_gets_a_gradient(kind: str) -> None:
-    """All but the text's queries in the last block, whose answers nobody reads: nor do theirs."""
+    """All but the text's queries in the last block, whose result is not used.
+
+    The same parameters of diffusers have no gradient.
+    """
     network = network_of(kind).requires_grad_(True).train()
     x, t, cond = inputs(network, SIZES[network.patch][0])
     network(x, t, cond).square().mean().backward()

@@ -1,9 +1,9 @@
-"""Stable Diffusion 3's pipelines beside ours: the same folder, prompts, seeds and steps give the
-same pictures, to 1e-3 of white in float32.
+"""Parity with Stable Diffusion 3's pipelines.
 
-Small random models with and without T5, with what SD 3.5 has besides: drawing, with and without
-negative prompts and skipped layers; from a picture; inpainting, by an ordinary model and by one
-that is told the mask. What diffusers saved we open, what we save diffusers opens.
+The same folder, prompts, seeds and steps give the same images, to 1e-3 of white in float32. The
+models are small and random, with and without T5, with the additions of SD 3.5: text to image, with
+and without negative prompts and skipped layers; image to image; inpainting, by an ordinary model
+and by a network of mask and masked image. Folders of each library open in the other.
 """
 
 import json
@@ -107,7 +107,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def opened(folder: Path, name: str = "StableDiffusion3Pipeline") -> Any:
     index = json.loads((folder / "model_index.json").read_text())
-    # which their loader wants to be told
+    # which diffusers' loader takes as arguments
     absent = {key: None for key in ("text_encoder_3", "tokenizer_3") if index[key] == [None, None]}
     return open_pipeline(folder, name, **absent)
 
@@ -202,7 +202,7 @@ def test_convert_keeps_the_pipeline(kind: str, folders: dict[str, Path], tmp_pat
 
 
 def test_by_the_models_own_settings(folders: dict[str, Path]) -> None:
-    """Steps, guidance and size where nobody says them."""
+    """Default steps, guidance and size."""
     kind = "dynamic shift"
     expected = pipeline_images(opened(folders[kind]), PROMPTS)
     compare(load(folders[kind]).generate(PROMPTS, output="tensor"), expected)
@@ -216,8 +216,10 @@ def test_by_the_models_own_settings(folders: dict[str, Path]) -> None:
 def test_away_from_skipped_layers(
     part: tuple[float, float], interval: str, folders: dict[str, Path]
 ) -> None:
-    """Their scale adds to one: 1.8 there is 2.8 here. They leave the layers out in the steps
-    between two shares of the run, we between two times.
+    """diffusers' scale is less by one: 1.8 there is 2.8 in sfumato.
+
+    diffusers skips the layers in the steps between two shares of the run, sfumato between two
+    times.
     """
     kind = "SD 3.5 without T5"
     pipe, model, (start, stop) = opened(folders[kind]), load(folders[kind]), part
@@ -282,9 +284,10 @@ def test_image_to_image(kind: str, strength: float, folders: dict[str, Path]) ->
     [("dynamic shift", 0.6), ("dynamic shift", 1.0), ("inpainting", 0.6), ("inpainting", 1.0)],
 )
 def test_inpainting(kind: str, strength: float, folders: dict[str, Path]) -> None:
-    """By an ordinary model, and by one that is told the mask and the rest of the picture. Latents
-    are compared, because diffusers 0.42.1 leaves the autoencoder's shift out when its pipeline
-    decodes them; that of drawing does not.
+    """By an ordinary model, and by a network of mask and masked image.
+
+    Latents are compared: diffusers 0.42.1 leaves the autoencoder's shift out when its inpainting
+    pipeline decodes them; the text-to-image pipeline does not.
     """
     image, mask = smooth_image(), rectangle_mask()
     # one a prompt: each from its own generator
@@ -316,8 +319,9 @@ def test_inpainting(kind: str, strength: float, folders: dict[str, Path]) -> Non
 def test_on_the_command_line(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`sfumato info` and `sfumato generate` on a folder of diffusers': the picture is theirs but
-    for the rounding to bytes.
+    """`sfumato info` and `sfumato generate` on a folder of diffusers.
+
+    The image is that of diffusers but for the rounding to bytes.
     """
     folder = folders["SD 3"]
     assert main(["info", str(folder), "--json"]) == 0

@@ -447,9 +447,7 @@ def test_sd2_whole_tower_leaves_its_last_layer_out() -> None:
 
 
 def test_json_configs(tmp_path: Path) -> None:
-    """Every config is plain JSON, and diffusers reads each without a field that it does not
-    know.
-    """
+    """Every config is plain JSON, and diffusers reads it without an unknown field."""
     _, parts = build("sdxl")
     again = single.split_tensors(single.join(parts), single.notes(parts), "file")
     for each in (*(p.config for p in again.components.values()), *again.schedulers.values()):

@@ -255,7 +255,7 @@ def written(name: str) -> tuple[Layout, dict[str, Any], dict[str, Tensor], dict[
 @pytest.mark.parametrize("name", [n for n, (kind, *_) in MODELS.items() if kind in CONVERTERS])
 def test_diffusers_reads_written_files(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layout, config, tensors, original = written(name)
-    # diffusers' converter knows FLUX's own width only; the very same cut at ours
+    # diffusers' converter has FLUX's own width only; here the same cut at the test's width
     if layout.name == "flux":
         split = torch.split
         width = config["num_attention_heads"] * config["attention_head_dim"]
@@ -419,7 +419,10 @@ def test_all_errors_are_in_one_message(name: str) -> None:
     ],
 )
 def test_fields_that_keys_do_not_determine_are_noted(name: str, fields: dict[str, Any]) -> None:
-    """With the note the config comes back; without it, another, or a sentence that asks for it."""
+    """With the note the config comes back.
+
+    Without it, the config is another, or a message demands the field.
+    """
     layout, config, tensors = build(name)
     config |= fields
     original, notes = write_transformer(layout, config, from_tensors(tensors), name)

@@ -203,7 +203,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LatentDiffusio
 def converted(
     name: str, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Tensor]:
-    """By diffusers; its converter knows FLUX's own width only, and cuts the very same at 64."""
+    """Convert a file with diffusers.
+
+    Its converter handles FLUX's own width only; it cuts in the same way at 64.
+    """
     split = torch.split
     with monkeypatch.context() as patch:
         if name == "flux":
@@ -231,7 +234,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 def saved(
     models: dict[str, LatentDiffusion], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    """Where a model lies as `folder` and as `a.safetensors`; nobody writes there."""
+    """The place of a model as `folder` and as `a.safetensors`, for reading only."""
 
     @cache
     def place(name: str) -> Path:
@@ -400,8 +403,9 @@ def test_sd3_without_t5(
 def test_models_outside_the_layout(
     models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Heads, latents or text encoders that others would take for published ones: our own layout,
-    and the same model from it.
+    """Heads, latents or text encoders unlike the published ones are in sfumato's own layout.
+
+    The file gives the same model.
     """
     model = models["flux"]
     flat = replace(model, autoencoder=autoencoder(0.5, None))
@@ -758,8 +762,9 @@ def published(file: dict[str, Tensor], heads: int, x: Tensor, s: Tensor, label: 
 
 
 def test_sit_is_the_papers_network_as_a_flow() -> None:
-    """eps - z at time t of ours is minus theirs at 1 - t; through `Process` it says which picture
-    and which noise that means.
+    """The velocity eps - z at time t is minus the paper's at 1 - t.
+
+    `Process` turns it into the image and the noise.
     """
     net, file, _ = sit_file()
     generator = torch.Generator().manual_seed(0)

@@ -88,8 +88,9 @@ def diffusers_conditioning(
     second: list[str] | None = None,
     negative: bool = False,
 ) -> Conditioning:
-    """What diffusers makes of prompts, by our names. negative: as the negative prompts, where it
-    treats those apart.
+    """Conditioning of diffusers, under the names of sfumato.
+
+    negative: for negative prompts, where diffusers treats those apart.
     """
     with torch.no_grad():
         if kind.startswith("pixart"):
@@ -274,7 +275,7 @@ def old(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_decoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A whole T5, of which the encoder is wanted."""
+    """A whole T5, whose encoder alone is read."""
     return old(tensors) | {
         "decoder.final_layer_norm.weight": torch.ones(48),
         "lm_head.weight": torch.ones(192, 48),

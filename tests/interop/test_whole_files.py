@@ -1,6 +1,7 @@
-"""Single files with a whole SD3 or FLUX model, and autoencoders alone: diffusers and transformers
-read what is written as the very same tensors under the very same keys, and it comes back from the
-file.
+"""Single files with a whole SD3 or FLUX model, and autoencoders alone.
+
+diffusers and transformers read written files as the same tensors under the same keys; sfumato reads
+them back.
 """
 
 from pathlib import Path
