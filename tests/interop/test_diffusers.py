@@ -31,13 +31,13 @@ from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.unet import FIXED, UNet, UNetConfig
 from sfumato.types import Conditioning
 
-THEIR_NAMES = {
+DIFFUSERS_SCHEDULES = {
     "linear": "linear",
     "scaled_linear": "scaled_linear",
     "cosine": "squaredcos_cap_v2",
     "sigmoid": "sigmoid",
 }
-THEIR_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+DIFFUSERS_PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
 def norms(network: nn.Module) -> dict[str, Any]:
@@ -283,7 +283,7 @@ def inputs(
         else None
     )
     labels = torch.tensor([1, 2])
-    vector, their_labels, added = None, None, None
+    vector, class_labels, added = None, None, None
     if config.addition_embed_type:
         text, count = (
             normal(2, 7, seed=2),
@@ -294,22 +294,22 @@ def inputs(
         ]
         vector, added = torch.cat([text, sizes], 1), {"text_embeds": text, "time_ids": sizes}
     elif config.class_embed_type == "timestep":
-        their_labels = torch.tensor([20.0, 350.0])
-        vector = their_labels[:, None]
+        class_labels = torch.tensor([20.0, 350.0])
+        vector = class_labels[:, None]
     elif config.class_embed_type is not None:
-        vector = their_labels = normal(
+        vector = class_labels = normal(
             2,
             config.projection_class_embeddings_input_dim or 4 * config.block_out_channels[0],
             seed=2,
         )
     elif config.num_class_embeds:
-        vector, their_labels = torch.eye(config.num_class_embeds)[labels], labels
+        vector, class_labels = torch.eye(config.num_class_embeds)[labels], labels
     concat = normal(2, config.in_channels - 3, *size, seed=3) if config.in_channels > 3 else None
     actual = Conditioning(tokens=tokens, mask=kept, vector=vector, concat=concat)
     peer = {
         "encoder_hidden_states": tokens,
         "encoder_attention_mask": kept,
-        "class_labels": their_labels,
+        "class_labels": class_labels,
         "added_cond_kwargs": added,
     }
     return normal(2, 3, *size), torch.tensor([999.0, 333.25]), actual, peer
@@ -519,12 +519,12 @@ def test_autoencoder_fields_we_would_not_honour_are_refused(
 # ---- schedules and schedulers --------------------------------------------------------------------
 
 
-def their_scheduler(process: Process) -> Any:
+def diffusers_scheduler(process: Process) -> Any:
     values = to_scheduler_config(process)
     return getattr(diffusers, values["_class_name"]).from_config(values)
 
 
-@pytest.mark.parametrize("kind", THEIR_NAMES)
+@pytest.mark.parametrize("kind", DIFFUSERS_SCHEDULES)
 def test_tables_equal_diffusers(kind: str) -> None:
     """alpha^2 and sigma^2 at every grid point, to 1e-6 plus what they lose by float32: each beta is
     rounded to 2^-24 of itself.
@@ -533,7 +533,7 @@ def test_tables_equal_diffusers(kind: str) -> None:
     of rounding, checked last.
     """
     process = Process(schedule(kind), parameterization("v"))
-    peer = their_scheduler(process)
+    peer = diffusers_scheduler(process)
     betas = peer.betas.double()
     products = torch.log1p(-betas).cumsum(0)
     lost = 1e-6 + (2**-24 * betas / (1 - betas)).cumsum(0)
@@ -545,8 +545,8 @@ def test_tables_equal_diffusers(kind: str) -> None:
     torch.testing.assert_close(alpha.square().float(), peer.alphas_cumprod, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", THEIR_NAMES)
-@pytest.mark.parametrize("name", THEIR_TYPES)
+@pytest.mark.parametrize("kind", DIFFUSERS_SCHEDULES)
+@pytest.mark.parametrize("name", DIFFUSERS_PREDICTIONS)
 def test_scheduler_configs_in_both_directions_through_folders(
     kind: str, name: str, tmp_path: Path
 ) -> None:
@@ -556,8 +556,8 @@ def test_scheduler_configs_in_both_directions_through_folders(
     (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
     peer = getattr(diffusers, config["_class_name"]).from_pretrained(tmp_path)
     assert (
-        peer.config.prediction_type == THEIR_TYPES[name]
-        and peer.config.beta_schedule == THEIR_NAMES[kind]
+        peer.config.prediction_type == DIFFUSERS_PREDICTIONS[name]
+        and peer.config.beta_schedule == DIFFUSERS_SCHEDULES[kind]
     )
     assert len(peer.alphas_cumprod) == 500 and not peer.config.clip_sample
     peer.save_pretrained(tmp_path / "again")
@@ -572,7 +572,7 @@ def test_scheduler_configs_in_both_directions_through_folders(
 
 def test_flow_scheduler_in_both_directions(tmp_path: Path) -> None:
     process = Process(schedule("flow"), parameterization("flow"))
-    peer = their_scheduler(process)
+    peer = diffusers_scheduler(process)
     peer.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "scheduler_config.json").read_text())
     assert len(values) > 12 and from_scheduler_config(values) == process
@@ -624,7 +624,7 @@ def test_schedulers_we_would_not_honour_are_refused(
 # ---- whole models --------------------------------------------------------------------------------
 
 
-class Reference(nn.Module):
+class DiffusersModel(nn.Module):
     """A model folder opened with diffusers, and a sampling loop by hand."""
 
     def __init__(self, folder: Path) -> None:
@@ -647,13 +647,15 @@ class Reference(nn.Module):
             self.scheduler.set_timesteps(steps)
         x = noise
         for timestep in self.scheduler.timesteps:
-            y, reference = (
+            y, unconditional = (
                 self.unet(
                     x, timestep, encoder_hidden_states=None, class_labels=torch.tensor(k)
                 ).sample
                 for k in (labels, [null] * len(labels))
             )
-            x = self.scheduler.step(reference + weight * (y - reference), timestep, x).prev_sample
+            x = self.scheduler.step(
+                unconditional + weight * (y - unconditional), timestep, x
+            ).prev_sample
         return x
 
     @torch.inference_mode()
@@ -683,7 +685,7 @@ def test_a_whole_model_makes_the_same_latents_and_pictures(
     process = Process(schedule(pair[0]), parameterization(pair[1]))
     model = replace(model, denoiser=Denoiser(model.denoiser.network, process))
     model.save(tmp_path / "model")
-    peer, names = Reference(tmp_path / "model"), model.class_names
+    peer, names = DiffusersModel(tmp_path / "model"), model.class_names
     noise = SeededNoise((2, 8, 8), [11, 12, 13])()
     labels = [0, 2, 1]
     settings = {"prompt": [names[k] for k in labels], "seed": 11, "steps": 5, "guidance": weight}

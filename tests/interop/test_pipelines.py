@@ -69,13 +69,13 @@ def same(model: LatentDiffusion, pipe: Any, spacing: str = "leading:offset=1") -
         ("dog", 3.0, 24),
     ):
         options: dict[str, Any] = {"height": size, "width": 16}
-        their_negative = None if negative is None else [negative] * 2
+        negatives = None if negative is None else [negative] * 2
         if guidance == 1:
-            negative = their_negative = None
+            negative = negatives = None
         expected = pipeline_images(
             pipe,
             prompts,
-            negative_prompt=their_negative,
+            negative_prompt=negatives,
             guidance_scale=guidance,
             num_inference_steps=5,
             **options,

@@ -213,7 +213,7 @@ class Case:
 
     end              where the run ends, for schedulers that do not go to t = 0
     again            diffusers evaluates the network once more at the end, for a step of no length
-    our_steps        sfumato's number of steps, where diffusers counts network calls
+    sfumato_steps    sfumato's number of steps, where diffusers counts network calls
     whole_timesteps  diffusers rounds the network's timestep to a whole one, which is not that of
                      its noise level: sfumato's network then takes the same
     scaled           diffusers' latents are x/alpha
@@ -800,7 +800,7 @@ def test_flow_euler(stochastic: bool, name: str, double: Callable[[str], Any]) -
 
 
 def flow_run(scheduler: Any, start: Tensor) -> tuple[list[Tensor], list[float]]:
-    """`their_run` for schedulers that scale no input."""
+    """`diffusers_run` for schedulers that scale no input."""
     scheduler.scale_model_input = lambda x, timestep: x
     return diffusers_run(scheduler, start)
 

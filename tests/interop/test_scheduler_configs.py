@@ -47,7 +47,7 @@ from sfumato.diffuse.parameterization import edm, parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import BetaTable, Schedule, cosine, schedule, table
 from sfumato.diffuse.schedule_transforms import Shifted, ZeroTerminalSNR, dynamic_shift
-from sfumato.diffuse.timesteps import SPACINGS as OUR_SPACINGS
+from sfumato.diffuse.timesteps import SPACINGS as SFUMATO_SPACINGS
 from sfumato.diffuse.timesteps import timesteps
 from sfumato.errors import UserError
 from sfumato.sampling import Defaults
@@ -362,9 +362,12 @@ DIFFERENT: list[tuple[Case, str]] = [
 
 
 @pytest.mark.parametrize(("case", "why"), DIFFERENT, ids=lambda value: str(value)[:60])
-def test_the_choice_of_cpu_attention(case: Case, why: str, double: Callable[[str], Any]) -> None:
-    """Defects of theirs that are not copied: this fails when they are mended, or when ours moves
-    without a word.
+def test_defects_of_diffusers_are_not_copied(
+    case: Case, why: str, double: Callable[[str], Any]
+) -> None:
+    """diffusers' result differs, for the reason beside each case.
+
+    The test fails when diffusers mends it, or when sfumato changes.
     """
     assert not read_scheduler(case.config, strict=True).notes
     assert all(
@@ -936,7 +939,7 @@ def test_a_flow_trained_here_runs_there_with_our_defaults(double: Callable[[str]
 
 
 @pytest.mark.parametrize("kind", ["scaled_linear", "cosine", "flow", "edm"])
-@pytest.mark.parametrize("name", [name for name in OUR_SPACINGS if name != "uniform"])
+@pytest.mark.parametrize("name", [name for name in SFUMATO_SPACINGS if name != "uniform"])
 def test_every_spacing_may_end_early_and_by_level_between_others(name: str, kind: str) -> None:
     chosen = schedule(kind)
     for steps in (2, 7, 20):

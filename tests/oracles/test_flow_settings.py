@@ -152,7 +152,7 @@ def test_a_saved_model_keeps_its_dynamic_shift(tmp_path: Path) -> None:
 # ---- learned guidance ----------------------------------------------------------------------------
 
 
-class Settings(Network):
+class GuidanceEcho(Network):
     """A network that answers with the last number of its vector, and counts its calls."""
 
     def __init__(self) -> None:
@@ -172,11 +172,11 @@ class Settings(Network):
         return x * 0 + cond.vector[:, -1, None, None, None] * 1e-3
 
     def to_config(self) -> dict[str, Any]:
-        return {"_class_name": "Told"}
+        return {"_class_name": "GuidanceEcho"}
 
 
-def listening(**defaults: Any) -> tuple[LatentDiffusion, Settings]:
-    model, network = tiny_model("flow"), Settings()
+def echo_model(**defaults: Any) -> tuple[LatentDiffusion, GuidanceEcho]:
+    model, network = tiny_model("flow"), GuidanceEcho()
     denoiser = replace(model.denoiser, network=network)
     return replace(model, denoiser=denoiser, defaults=Defaults(steps=2, **defaults)), network
 
@@ -195,14 +195,14 @@ def listening(**defaults: Any) -> tuple[LatentDiffusion, Settings]:
 def test_distilled_guidance_reaches_the_network(
     requested: dict[str, Any], heard: float, passes: int
 ) -> None:
-    model, network = listening()
+    model, network = echo_model()
     model.generate("bag", output="latent", **requested)
     assert set(network.heard) == {heard} and network.rows == 2 * passes
     assert model.settings(**requested)["distilled_guidance"] == heard
 
 
 def test_a_models_own_strength_is_its_default_and_predict_tells_it() -> None:
-    model, network = listening(distilled_guidance=30.0)
+    model, network = echo_model(distilled_guidance=30.0)
     model.predict(torch.zeros(1, 2, 8, 8), 0.5, "bag")
     assert network.heard == [30.0]
 
@@ -211,6 +211,6 @@ def test_other_models_refuse_a_learned_guidance() -> None:
     with pytest.raises(UserError, match="is not guidance-distilled"):
         tiny_model("flow").generate("bag", distilled_guidance=3.0)
     with pytest.raises(UserError, match="distilled_guidance"):
-        listening()[0].generate("bag", distilled_guidance=-1.0)
+        echo_model()[0].generate("bag", distilled_guidance=-1.0)
     with pytest.raises(UserError, match="distilled_guidance"):
         Defaults(distilled_guidance=float("nan"))
