@@ -120,7 +120,7 @@ def child(checkout: Path, way: str, threads: int) -> "subprocess.Popen[str]":
 
 
 def ask(process: "subprocess.Popen[str]", line: str) -> str:
-    """What a child answers to a line."""
+    """Answer of a child process to a line."""
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(line + "\n")
     process.stdin.flush()

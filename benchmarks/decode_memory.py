@@ -48,7 +48,7 @@ from sfumato.io.atomic import write_tensors
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared."""
+    """Settings of the comparison."""
 
     size: int = 512
     """Pixels along a side."""
@@ -66,7 +66,7 @@ class Settings:
 
     @property
     def title(self) -> str:
-        """What every way has in common."""
+        """Values that all ways have in common."""
         return (
             f"{self.size}x{self.size}, {self.dtype}, tiles of {self.tile} cells, seed {self.seed}, "
             f"{torch.__version__}, "

@@ -32,7 +32,7 @@ from sfumato.registry import find
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared."""
+    """Settings of the comparison."""
 
     model: str = "fashion"
     n: int = 64
@@ -41,7 +41,7 @@ class Settings:
     seed: int = 0
     every: tuple[int, ...] = (1, 2, 3, 5)
     skips: tuple[int, ...] = (1, 2)
-    """Where the network is cut: how many of its skips stay above."""
+    """Number of skips above the cut of the network."""
     calls: tuple[int, ...] = (0, 1, 2, 4, 7, 11, 16)
     """A schedule of key calls, at the first of `skips`."""
     thresholds: tuple[float, ...] = (0.2, 0.4)

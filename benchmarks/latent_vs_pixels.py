@@ -51,7 +51,7 @@ from sfumato.types import LatentSpace
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared."""
+    """Settings of the comparison."""
 
     model: str = "fashion"
     """The model whose autoencoder makes the latents."""
@@ -60,7 +60,7 @@ class Settings:
     """Steps of the latent run; the pixel run gets the same floating-point operations."""
     batch_size: int = 128
     points: int = 4
-    """How often the Frechet distance is measured, evenly over the run."""
+    """Number of measurements of the Frechet distance, evenly over the run."""
     samples: int = 500
     sampling_steps: int = 10
     lr: float = 1e-3

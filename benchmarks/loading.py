@@ -29,7 +29,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared."""
+    """Settings of the comparison."""
 
     stored: Dtype = "float32"
     """The dtype of the files."""
@@ -37,7 +37,7 @@ class Settings:
     """The dtype that the model is opened in."""
     repeats: int = 3
     folder: Path | None = None
-    """Where the model is written, and kept; found there, it is used again. Default: a temporary
+    """Folder of the model, which is kept and used again. Default: a temporary
     folder."""
     ways: tuple[str, ...] = ("diffusers", "sfumato", "sfumato optimized")
 

@@ -56,7 +56,7 @@ COLOURS = {1: "#7a7a7a", 2: "#1f6fb4", 3: "#d1570d", 4: "#2c8a4b"}
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured."""
+    """Settings of the measurement."""
 
     steps: tuple[int, ...] = (4, 6, 8, 12, 16, 24, 32, 64, 128)
     """Of the curves in the picture."""

@@ -42,7 +42,7 @@ from sfumato.types import Conditioning
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared."""
+    """Settings of the comparison."""
 
     model: str = "fashion"
     """The model whose autoencoder makes the latents."""

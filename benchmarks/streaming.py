@@ -55,7 +55,7 @@ BLOCK = 31_500_000
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared."""
+    """Settings of the comparison."""
 
     weights: float = 8.0
     """GB of the U-Net."""
@@ -66,7 +66,7 @@ class Settings:
     steps: int = 4
     threads: int = 2
     folder: Path | None = None
-    """Where the model is written, and kept; found there, it is used again. Default: a temporary
+    """Folder of the model, which is kept and used again. Default: a temporary
     folder."""
     ways: tuple[str, ...] = ("in memory", "streamed", "cold")
 

@@ -1,5 +1,6 @@
-"""Autoencoders on disk: what is refused, in one sentence that names the file; TAESD's pairs of
-files in every form; damage of any kind.
+"""Autoencoders on disk: refusals, TAESD's pairs of files in every form, damage of any kind.
+
+Every refusal is one sentence that names the file.
 """
 
 import json
@@ -118,7 +119,7 @@ def test_fields_we_would_not_honour_are_refused(
 
 @pytest.mark.parametrize("name", MODELS)
 def test_folders_of_sfumato(name: str, tmp_path: Path) -> None:
-    """What was written is what is read: class, settings, weights, latent space."""
+    """Class, settings, weights and latent space are read as they were written."""
     model = MODELS[name]()
     save_part(tmp_path, model)
     again: Any = load_part(tmp_path, name)

@@ -1,5 +1,6 @@
-"""What a folder of CLIP text encoders, a prompt and a picture must be: everything else is refused
-in one sentence that says what to do.
+"""Requirements of folders of CLIP text encoders, of prompts and of image specs.
+
+Everything else is refused in one sentence that names the remedy.
 """
 
 import json

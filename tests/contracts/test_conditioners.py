@@ -1,9 +1,9 @@
-"""The contract of every conditioner (`Conditioner`): a file in predict/conditioners is tested by
-being there.
+"""The contract of every conditioner (`Conditioner`).
 
-Each is built by its own `from_config` from EXAMPLE, a config with a field for every kind; what a
-conditioner does not know it ignores. One with weights is built by `from_folder` from a folder that
-a module of `helpers` writes, and comes back from what its `save` writes.
+Every file in predict/conditioners is tested. Each conditioner is built by its own `from_config`
+from EXAMPLE, a config with a field for every kind; a conditioner ignores the fields of others. One
+with weights is built by `from_folder` from a folder that a module of `helpers` writes, and comes
+back from the files of its `save`.
 """
 
 import json
@@ -62,7 +62,7 @@ def build(name: str) -> Conditioner:
 
 
 def prompts_of(conditioner: Conditioner) -> list[str | None]:
-    """Something to ask for: the classes it has, or nothing."""
+    """Prompts for a conditioner: its classes, or none."""
     return [*conditioner.class_names, None, ""]
 
 
@@ -166,8 +166,9 @@ def test_conditions_join_the_null_condition_for_guidance(name: str) -> None:
 
 @every
 def test_a_prompt_it_does_not_know_is_refused_in_one_sentence(name: str) -> None:
-    """Never a silent fallback to the null condition (a text encoder knows every prompt: it says
-    nothing here).
+    """There is never a silent fallback to the null condition.
+
+    A text encoder takes every prompt and raises nothing here.
     """
     conditioner = build(name)
     try:

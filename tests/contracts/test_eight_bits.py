@@ -108,7 +108,7 @@ def test_files_with_scales_are_read(name: str) -> None:
         "c.weight": torch.bfloat16,
     }
     assert torch.equal(lazy["a.weight"].load().float(), result["a.weight"])
-    # a scale of what is not in eight bits stays, to be refused
+    # a scale of a tensor that is not in eight bits stays, to be refused
     other = unscaled({"c.weight": half, f"c.{name}": torch.ones(())})
     assert f"c.{name}" in other
     with pytest.raises(UserError, match=r"a\.weight has two scales"):
@@ -219,8 +219,9 @@ KINDS = [
 
 
 def test_files_written_one_tensor_at_a_time(tmp_path: Path) -> None:
-    """Every kind, also scalars and nothing: safetensors and our reader read them, aligned; written
-    alike whatever the order of the table.
+    """Every kind, also scalars and empty tensors, is read by safetensors and by sfumato.
+
+    Tensors are aligned, and the bytes do not depend on the order of the table.
     """
     torch.manual_seed(0)
     tensors = {f"t{k}": (100 * torch.rand(3, k + 1)).to(kind) for k, kind in enumerate(KINDS)}

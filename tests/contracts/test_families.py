@@ -71,7 +71,7 @@ def test_a_single_file_and_back(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_folder_and_back(name: str, tmp_path: Path) -> None:
-    """Each part under the keys of diffusers' network, which our network has too."""
+    """Each part has the keys of diffusers' network, which sfumato's network has too."""
     networks = models.networks(name)
     for part, component in read(
         name, FAMILIES[name].write(models.checkpoint(name, networks))

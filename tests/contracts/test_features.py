@@ -225,8 +225,9 @@ def test_efficientnet_agrees_with_the_package_that_published_the_weights() -> No
 
 
 def test_efficientnet_padding_is_that_of_tensorflow() -> None:
-    """A stride-2 convolution of an even size pads only at the end: the stem's first output sees
-    pixels 0, 1, 2.
+    """A stride-2 convolution of an even size pads only at the end.
+
+    The stem's first output depends on pixels 0, 1, 2.
     """
     stem = EfficientNetLite0()._conv_stem
     nn.init.ones_(stem.weight)

@@ -68,8 +68,9 @@ def normal(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def predictions(
     point: tuple[float, float], count: int, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, list[Prediction]]:
-    """x, and what `count` networks say about it: x0 near x/alpha where there is signal, and eps
-    that adds up.
+    """x, and `count` predictions for it.
+
+    x0 is near x/alpha where there is signal, and eps adds up to x with it.
     """
     alpha, sigma = point
     x = normal(seed, dtype)
@@ -229,8 +230,9 @@ def test_a_combine_keeps_shape_and_dtype_and_is_finite(
 def test_a_pair_adds_up_to_x_or_the_combine_says_that_it_does_not(
     rule: Any, point: tuple[float, float]
 ) -> None:
-    """In float64. Where a combine says that it is not consistent, it must not be: samplers are
-    refused for it.
+    """In float64, a rule is consistent exactly if its trait is set.
+
+    Samplers are refused for a rule that is not.
     """
     x, inputs = predictions(point, 1 + rule.num_baselines, dtype=torch.float64)
     join, (alpha, sigma) = rule.begin(), point
@@ -358,7 +360,7 @@ def test_references_are_evaluated_where_they_count_and_nowhere_else(rule: Any, w
 
 
 class Sometimes:
-    """w = 1 for the second image, as a weight that looks at predictions may say."""
+    """w = 1 for the second image, as of a weight that depends on predictions."""
 
     def active(self, moment: Moment) -> bool:
         return True

@@ -102,7 +102,7 @@ def test_the_lines_of_the_docstring_are_read() -> None:
     ],
 )
 def test_a_number_stays_a_number(value: Any) -> None:
-    """What is recorded in pictures and models that know a scale only stays as it was."""
+    """The record in images and models of a scale alone is a number, as in earlier versions."""
     result = Guidance.parse(value).to_json()
     assert result == 2.0 and type(result) is float
 
@@ -323,7 +323,7 @@ def vector(value: float) -> Conditioning:
 def evaluated_by(
     line: str, reference: Any, conditioning: Conditioning | None = None
 ) -> list[float]:
-    """Under which conditions a guided denoiser asks at t = 0.5."""
+    """Conditions at which a guided denoiser evaluates the network at t = 0.5."""
     evaluations: list[tuple[float, float]] = []
     ask = build(
         Guidance.parse(line),

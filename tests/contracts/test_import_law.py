@@ -4,7 +4,7 @@ It is read from the syntax tree of every file of the library; nothing is importe
 
     types, batching, prediction, spec, validate, registry, errors, io
         <- kernels <- nn <- inference <- compress, predict
-    compress and diffuse never meet; diffuse knows no nn
+    compress and diffuse never meet; diffuse imports no nn
     diffuse.process <- predict      compress <- decode
     the four acts <- checkpoints <- model <- tasks <- deploy, cli
     acts + data + evaluate + checkpoints + model <- train
@@ -212,7 +212,7 @@ def offences(
             continue
         inner = target.removeprefix("sfumato").removeprefix(".")
         # The nearest zone decides: `diffuse` may be imported by a file that may import `diffuse`,
-        # and a zone knows itself.
+        # and a zone may import itself.
         if not any(within(inner, allowed) for allowed in (zone, *LAW[zone])):
             result.append(
                 f"{line}: sfumato.{module} may not know {target} (zone {zone or 'sfumato'!r} may "

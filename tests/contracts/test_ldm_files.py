@@ -294,7 +294,7 @@ def test_an_unconditional_file_there_and_back() -> None:
     }
     same = single.weights(
         single.split_tensors(matrices, {}, "file").components["unet"]
-    )  # 1x1 convolutions that somebody stored as matrices
+    )  # 1x1 convolutions that were stored as matrices
     assert all(
         torch.equal(v, same[k]) for k, v in single.weights(result.components["unet"]).items()
     )

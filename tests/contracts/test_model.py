@@ -375,7 +375,7 @@ def test_half_precision_that_overflows_is_decoded_again(
     assert "decoding again in float32" in caplog.text
     assert half.autoencoder.dtype == torch.float16, "the model is left as it is"
     assert np.abs(np.asarray(result, dtype=int) - np.asarray(expected, dtype=int)).max() <= 3
-    with pytest.raises(NumericalError):  # what is wrong in the latent is no overflow
+    with pytest.raises(NumericalError):  # NaN in the latent is no overflow
         half.decode(z * float("nan"))
 
 
@@ -1169,7 +1169,7 @@ def test_many_requests_get_the_images_of_each_alone(
         hook.remove()
     for one, result in zip(alone, together, strict=True):
         assert torch.equal(one, result)
-    assert sum(calls) == sum(separate)  # no row is asked twice
+    assert sum(calls) == sum(separate)  # no row is evaluated twice
     assert max(calls) <= rows if rows else len(calls) < len(separate) / 2
 
 
@@ -1185,7 +1185,7 @@ def test_a_cancelled_request_leaves_the_others_alone(model: LatentDiffusion) -> 
         result[0], model.run_many(MIXED[:1], output="latent")[0]
     )
     assert [s for s in seen if s[0] == 1] == [(1, 0, 5), (1, 1, 5)]
-    # Heun asks twice a step, and once for the last
+    # Heun evaluates twice a step, and once for the last
     assert [s[1:] for s in seen if s[0] == 2] == [(i, 3) for i in range(3)]
     assert model.run_many([]) == [] and isinstance(
         model.run_many([{"prompt": "bag"}])[0][0], Image.Image
@@ -1224,8 +1224,9 @@ def test_inversion_finds_the_noise_that_makes_the_image_again(fashion: LatentDif
 def test_guided_images_do_not_depend_on_their_batch(
     model: LatentDiffusion, combine: str, weight: str
 ) -> None:
-    """An image without a condition has nothing to move away from, beside guided ones as alone
-    (CFG-Zero*, say, does not hold it).
+    """An image without a condition is not guided, beside guided ones as alone.
+
+    CFG-Zero*, for example, does not hold it.
     """
     guidance = {
         "scale": 2.0,

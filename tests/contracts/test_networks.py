@@ -299,7 +299,7 @@ def test_blocks_can_be_left_out(name: str) -> None:
 
 
 def blocks_of(network: Network) -> list[str]:
-    """The names of a transformer's blocks, in the order in which they are asked."""
+    """Names of a transformer's blocks, in the order of their calls."""
     return [
         f"{group}.{i}"
         for group in GROUPS
@@ -319,8 +319,9 @@ def weakened(
 def test_perturbed_attention_is_attention_under_a_map(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Written out, with minus infinity between a picture's token and the others of the picture,
-    where each still sees text, references and all else that there is, which see all. The text's
+    """The map has minus infinity between a token of the image and the others of the image.
+
+    Every token still attends to text, references and all other tokens, and those to all. The text's
     mask stays.
     """
     network = small(name)

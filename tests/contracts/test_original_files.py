@@ -1,6 +1,7 @@
-"""Files in the original layouts as they come: pickles, nested, with buffers and running averages,
-damaged, renamed, transposed, of other kinds; each is read rightly or refused in one sentence that
-names what is wrong.
+"""Files in the original layouts as published.
+
+They are pickles, nested, with buffers and running averages, damaged, renamed, transposed, of other
+kinds; each is read rightly or refused in one sentence that names the error.
 """
 
 import os

@@ -57,7 +57,7 @@ def inpainting() -> LatentDiffusion:
 
 Z = torch.zeros(1, *LATENT)
 MASK = torch.ones(1, 1, 8, 8)
-# Fields of a request beside the prompt "bag", and what is said about them. Values of the wrong
+# Fields of a request beside the prompt "bag", and their messages. Values of the wrong
 # kind: tests/end_to_end/test_bad_input.py.
 REFUSED: list[tuple[dict[str, Any], str]] = [
     # the numbers of a run
@@ -341,7 +341,10 @@ def test_a_refined_request_is_resolved_once_for_each_model(
 
 
 def test_generate_takes_every_field_of_a_request() -> None:
-    """Two lists in one file: no field can be forgotten, and both say the same of it."""
+    """The two lists in one file have the same fields and the same descriptions.
+
+    No field can be forgotten.
+    """
     types, keywords = get_type_hints(Request), get_type_hints(RequestFields)
     assert list(keywords) == [f.name for f in fields(Request) if f.name != "prompt"]
     assert {name: types[name] for name in keywords} == keywords

@@ -98,7 +98,7 @@ def some_fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shrunk(recipe: Any, source: Path) -> Any:
-    """The same recipe, narrow and short: what is on in it stays on."""
+    """The same recipe, narrow and short, with all its parts."""
     loop = replace(
         recipe.loop, steps=2, batch_size=8, warmup=1, save_every=1, show_every=1, log_every=1
     )

@@ -129,7 +129,7 @@ def test_a_sampler_is_a_generator_function_of_x_times_schedule_and_noise(name: s
         for p in parameters[4:]
     )
     module = inspect.getmodule(inside)
-    # says what it is, and whose
+    # names the method and its source
     assert inside.__doc__ and module is not None and module.__doc__ and "arXiv" in module.__doc__
     # no state
     assert not [
@@ -143,8 +143,9 @@ def test_a_sampler_is_a_generator_function_of_x_times_schedule_and_noise(name: s
 @everywhere
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_it_asks_where_it_should_and_as_often_as_it_says(name: str, kind: str, steps: int) -> None:
-    """First at the first time, never at 0 or above 1, at each of the times it was given, and as
-    often as `calls` says without a network.
+    """The network is evaluated first at the first time, and at each time of the list.
+
+    No time is 0 or below, or above 1; `calls` counts the evaluations without a network.
     """
     chosen = KINDS[kind]
     times = timesteps("trailing", steps, chosen)
@@ -169,8 +170,9 @@ def test_it_asks_where_it_should_and_as_often_as_it_says(name: str, kind: str, s
 @everywhere
 @pytest.mark.parametrize("steps", [1, 2, 3, 50])
 def test_every_number_is_finite_from_t_one_to_t_zero(name: str, kind: str, steps: int) -> None:
-    """`run` raises at the first NaN; one step is what the denoiser said at t = 1, whatever the
-    sampler: no noise is left, none is added.
+    """`run` raises at the first NaN.
+
+    One step gives the prediction at t = 1, whatever the sampler: no noise is left, none is added.
     """
     chosen = KINDS[kind]
     for spacing in ("trailing", "linspace", "leading", "karras", "log_snr"):
@@ -221,7 +223,7 @@ def test_samples_have_the_mean_and_variance_of_the_data(name: str, kind: str) ->
         return torch.randn((count, *SHAPE), generator=generator, dtype=torch.float64)
 
     alpha, sigma = chosen.point(1.0)
-    # the exact marginal: what is measured is the sampler
+    # the exact marginal: only the sampler is measured
     x = alpha * (MEAN + STD * draw()) + sigma * draw()
     times = (
         timesteps("trailing", 150, chosen) if kind != "edm" else timesteps("karras", 150, chosen)

@@ -1,5 +1,6 @@
-"""Sentence encoders: what their folders may be, what is refused, and whole models that read by one:
-a folder, a file, streamed.
+"""Sentence encoders: requirements of their folders, and refusals.
+
+Whole models that read by one are opened from a folder, from a file, and streamed.
 """
 
 import json
@@ -295,8 +296,9 @@ def test_a_config_that_asks_for_tuples_and_all_states_is_the_same_encoder(
 
 
 def test_the_published_config_is_recognised(folder: Path, tmp_path: Path) -> None:
-    """all-MiniLM-L6-v2: five tensors before the layers, 16 in each of six; without weights all that
-    is said is that those are missing.
+    """all-MiniLM-L6-v2: five tensors before the layers, 16 in each of six.
+
+    Without weights the message names only the missing weights.
     """
     place = Path(shutil.copytree(folder, tmp_path / "encoder"))
     published = {

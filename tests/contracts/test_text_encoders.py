@@ -243,8 +243,9 @@ PUBLISHED = {
 def test_configs_of_the_published_sizes_are_recognised(
     kind: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Of transformers 4's time. Without weights: all that is said is that those are missing, and
-    how many.
+    """Configs of transformers 4's time.
+
+    Without weights the message names only the missing weights, and their number.
     """
     _, count, values = PUBLISHED[kind]
     folder = Path(shutil.copytree(folders[kind], tmp_path / "model"))
@@ -436,7 +437,7 @@ def test_a_prompt_that_does_not_fit_is_refused_with_its_counts(
     )
     length = opened[kind].config.max_sequence_length
     assert has > most and "\n" not in str(caught.value)
-    # What is said is true: that many fit, with the marks around them, and one more does not.
+    # The message is right: that many fit, with the marks around them, and one more does not.
     room = replace(
         opened[kind], config=replace(opened[kind].config, max_sequence_length=length + has - most)
     )
@@ -482,8 +483,9 @@ def test_second_prompts_that_nobody_reads_are_refused(opened: dict[str, Any]) ->
 def test_masked_padding_changes_nothing_and_other_padding_does(
     kind: str, opened: dict[str, Any]
 ) -> None:
-    """With the mask, words read alike among few and many positions; SD 3's and FLUX.1's T5, as
-    trained, sees the padding.
+    """With the mask, states of words do not depend on the number of positions.
+
+    SD 3's and FLUX.1's T5, as trained, attends to the padding.
     """
 
     def rows(mask_padding: bool, length: int) -> torch.Tensor:

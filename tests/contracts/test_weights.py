@@ -59,7 +59,7 @@ def test_sound_files_pass(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_converted_files_are_checked_after_the_conversion(tmp_path: Path) -> None:
-    """70000 is no number of float16: the file is sound, what is made of it is not."""
+    """70000 overflows float16: the file is sound, its conversion is not."""
     file = tmp_path / "model.safetensors"
     write_tensors(file, {"a": torch.full((3,), 70000.0)})
     assert not looked_at([file], read_tensors(file), torch.float16)

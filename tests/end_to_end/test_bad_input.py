@@ -93,7 +93,7 @@ def child() -> Iterator[Child]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sound model folder that nobody changes."""
+    """A sound model folder, for reading only."""
     folder = tmp_path_factory.mktemp("models") / "sound"
     tiny_model().save(folder)
     return folder
@@ -540,7 +540,7 @@ def test_shards(folder: Path) -> None:
 
 
 def test_an_index_cannot_name_code(folder: Path) -> None:
-    """What the index says about classes and modules is for other programs."""
+    """Classes and modules in the index are for other programs."""
     change(
         INDEX,
         lambda v: v.update(
@@ -956,7 +956,7 @@ def idx(folder: Path, images: int, labels: int | None = None) -> None:
 
 
 def bomb(path: Path) -> None:
-    """A PNG of a few bytes that says it has 40,000 x 40,000 pixels."""
+    """A PNG of a few bytes whose header has 40,000 x 40,000 pixels."""
     data = png(path).read_bytes()
     header = b"IHDR" + (40000).to_bytes(4, "big") * 2 + data[24:29]
     path.write_bytes(data[:12] + header + zlib.crc32(header).to_bytes(4, "big") + data[33:])

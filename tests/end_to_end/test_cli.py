@@ -504,7 +504,7 @@ def test_train_explains_errors(
     assert not Path("runs").exists()
 
 
-# ---- evaluate (what is measured: test_cli_model.py) ----------------------------------------------
+# ---- evaluate (its values: test_cli_model.py) ----------------------------------------------------
 
 
 @pytest.mark.parametrize(

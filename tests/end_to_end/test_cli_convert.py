@@ -380,8 +380,9 @@ def unet_folder() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's accounts of memory")
 def test_little_memory(working_folder: Path) -> None:
-    """180 MB of weights, both ways and in eight bits, and a U-Net: what is held is a few tensors,
-    20 MB the largest.
+    """180 MB of weights, both ways and in eight bits, and a U-Net.
+
+    A few tensors are in memory at once, 20 MB the largest.
     """
     fields = FLUX | {
         "num_attention_heads": 10,

@@ -72,9 +72,7 @@ def test_one_picture_of_several_is_made_again_bit_for_bit(tiny: Path) -> None:
 def test_dtype_and_device_are_options_and_stored(
     tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The library's pictures in that dtype, again by --from, and in another dtype when that is
-    asked for.
-    """
+    """The images of the library in that dtype, again by --from, and in another dtype."""
     arguments = ["generate", "bag", "--model", str(tiny), "--n", "1", "--steps", "6"]
     assert main([*arguments, "--dtype", "bf16", "--device", "cpu", "--out", "half.png"]) == 0
     (expected,) = load(tiny, dtype=torch.bfloat16).optimized().generate("bag", n=1, steps=6)
@@ -121,7 +119,10 @@ def test_the_pictures_are_those_of_the_library(tiny: Path) -> None:
 
 
 def test_a_picture_remembers_its_tuned_times_and_its_guidance(tiny: Path, tmp_path: Path) -> None:
-    """Whatever the model is tuned to later; and other steps, asked for, are other steps."""
+    """They do not change when the model is tuned again.
+
+    An explicit number of steps replaces them.
+    """
     copy = tmp_path / "copy"
     load(tiny).save(copy)
     store_tuned(copy, [Tuned("ddim", 1.0, (1.0, 0.4, 0.0), {})])
@@ -412,7 +413,7 @@ def test_evaluate_holds_out_the_images_of_the_recipe(
 
 
 def test_evaluate_opens_no_more_pictures_than_its_limit(tiny: Path, data: Path) -> None:
-    """The last ones are broken, and only who asks for them hears of it."""
+    """The last images are broken: only a run that opens them fails."""
     for split in ("train", "test"):
         (data / split / "boot" / "7.png").write_bytes(b"broken")
     model = load(tiny)

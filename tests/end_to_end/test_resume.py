@@ -75,7 +75,7 @@ KINDS = ("autoencoder", "denoiser")
 SKIP = 77
 
 
-# ---- what is trained -----------------------------------------------------------------------------
+# ---- recipes -------------------------------------------------------------------------------------
 
 
 LATENTS = normal(10, 2, 8, 8, seed=7)
@@ -206,11 +206,10 @@ FILE_EVENTS = {
 
 
 def die_before(reached: Callable[[int, str, tuple[Any, ...]], bool]) -> Callable[[], None]:
-    """Kills this process just before it touches the file system, when wanted(how many times it did,
-    event, arguments).
+    """Kill this process just before it touches the file system, when `reached` is true.
 
-    Counting starts when the returned function is called. Python tells its audit hooks of every
-    open, rename and removal.
+    `reached` takes the number of earlier touches, the event and its arguments. Counting starts when
+    the returned function is called: Python's audit hooks receive every open, rename and removal.
     """
     seen = -1
 
@@ -235,7 +234,7 @@ def leftovers(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a run that nobody disturbed."""
+    """The folder of a run without interruption."""
     done: dict[str, Path] = {}
 
     def folder(kind: str) -> Path:
@@ -280,7 +279,7 @@ def assert_same_run(out: Path, expected: Path) -> None:
 
 
 def test_the_state_is_more_than_weights(reference: Callable[[str], Path]) -> None:
-    """What is compared below: both networks, both optimizers with their moments, the average."""
+    """It holds both networks, both optimizers with their moments, and the average."""
     names = sorted(
         f.name for f in (reference("autoencoder") / "checkpoints" / "step-00000007").iterdir()
     )
@@ -797,8 +796,9 @@ def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
 
 
 def small_disk(place: Path, size: str, again: bool = False) -> None:
-    """Mounts a tmpfs that only this (child) process sees; exits with SKIP where the system does not
-    let it.
+    """Mount a tmpfs for this (child) process alone.
+
+    It exits with SKIP where the system does not let it.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     new_namespace, new_user, private, remount = 0x20000, 0x10000000, 0x44000, 32

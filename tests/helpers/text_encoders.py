@@ -2,7 +2,7 @@
 
 The CLIPs are those of `clip_encoders`. T5's SentencePiece model is trained here on a few lines.
 The tokens of the language models are bytes. BERT ("sentence"), which no pipeline of diffusers has,
-knows a few words and letters.
+has a vocabulary of a few words and letters.
 """
 
 import io

@@ -365,8 +365,9 @@ def test_training_is_torchs_own() -> None:
 
 @torch.inference_mode()
 def test_values_are_torchs() -> None:
-    """To rounding: what is filled up does not show in the output, nor in its shape; of nothing
-    comes nothing.
+    """To rounding; padding changes neither the output nor its shape.
+
+    An empty batch gives an empty result.
     """
     linear, conv, pixel = (
         randomised(batch_invariant.Linear(6, 5)),

@@ -1,5 +1,7 @@
-"""Training from captions: what the network is told is what the encoder says of each caption, and
-the model that comes out reads prompts.
+"""Training from captions.
+
+The network's condition is the encoder's output for each caption, and the trained model takes
+prompts.
 """
 
 import json

@@ -27,8 +27,9 @@ from sfumato.types import Conditioning, Prediction
 
 
 def solvable(kind: str, name: str) -> bool:
-    """Whether `Process` takes the pair: it refuses those with a time at which y says nothing about
-    z, or x nothing about eps.
+    """True if `Process` takes the pair.
+
+    It refuses a time at which y does not depend on z, or x not on eps.
     """
     try:
         Process(schedule(kind), parameterization(name))
@@ -225,8 +226,9 @@ class Open(nn.Module):
 
 
 def test_conditions_of_different_inputs_take_two_passes() -> None:
-    """An image prompt against no image prompt, say: questions whose open doors differ cannot be one
-    batch, and need not be.
+    """An image prompt and no image prompt, for example.
+
+    Evaluations whose conditions have different fields cannot be one batch.
     """
     _, x, conditioning, other = setup()
     denoiser = Denoiser(Open(), Process(schedule("cosine"), parameterization("v")))
@@ -609,8 +611,9 @@ def test_ramps_go_from_first_to_last() -> None:
 def test_adaptive_weights_are_bounded_and_monotone(
     scale: float, threshold: float, power: float, ratios: list[float], lowers: bool
 ) -> None:
-    """w lies between 1 and scale, is half way at the threshold, and moves with the disagreement as
-    it says.
+    """w lies between 1 and scale, and is half way at the threshold.
+
+    It moves with the disagreement in the documented direction.
     """
     ratios = sorted([*ratios, threshold])
     reference = normal(1, 1, 2, 4, 5).expand(len(ratios), -1, -1, -1)

@@ -1,5 +1,6 @@
-"""What guidance moves away from: weaker copies share every parameter, change what they say they
-change, and nothing else.
+"""References of guidance: weaker copies share every parameter of the network.
+
+They change the named layers and nothing else.
 """
 
 import gc
@@ -69,7 +70,7 @@ def setup(kind: str, seed: int = 0, **more: Any) -> tuple[Denoiser, Tensor, Cond
 
 def weaker(reference: Any, denoiser: Denoiser, cond: Conditioning) -> Denoiser:
     whom, same = reference.pair(denoiser, cond, Conditioning(), None)
-    assert same is cond  # the same condition: what is missing is in the network
+    assert same is cond  # the same condition: the network itself is weaker
     return whom
 
 
@@ -260,7 +261,7 @@ def test_names_that_differ_in_numbers_are_gathered_and_spread_again(
 
 
 def test_runs_of_layers() -> None:
-    """a.1-2.b is a.1.b and a.2.b, where there are all of them; what the error lists can be said."""
+    """a.1-2.b is a.1.b and a.2.b; every name that the error lists is accepted."""
     names = [f"{group}.{i}" for group in ("up", "down") for i in range(3)] + [
         "up.0.attn",
         "up.1.attn",
@@ -349,8 +350,9 @@ def test_a_copy_is_made_once_and_goes_with_its_denoiser() -> None:
 
 
 def counting(passes: list[list[int]]) -> Callable[[list[DenoiserCall]], list]:
-    """Answers, and notes how many images each denoiser was asked about, in the order of first
-    questions.
+    """Evaluate calls and count the images of each denoiser.
+
+    Denoisers come in the order of their first calls.
     """
 
     def answers(queries: list[DenoiserCall]) -> list:
@@ -369,7 +371,7 @@ def test_weaker_networks_are_evaluated_where_they_count_and_runs_share_them() ->
     point = denoiser.process.schedule.point
     guidance = Guidance.parse("3 perturbed_attention interval:low=0.3,high=0.7")
     passes: list[list[int]] = []
-    # equal conditionings: here they say nothing
+    # equal conditionings: no difference here
     asks = [build(guidance, denoiser, cond, cond, point) for _ in range(2)]
     for t in (0.9, 0.5, 0.1):
         drive(gather([ask(x, t) for ask in asks]), counting(passes))

@@ -301,7 +301,7 @@ def test_flows_train_the_mean_alone_or_not_at_all() -> None:
     for network in (Maps(2), network_of(UNetConfig(**UNET))):
         with pytest.raises(UserError, match="expected variance=0 in the loss"):
             objective(network, FLOW, DenoiserLoss())
-    # one that does not say what it answers
+    # one without a trait for its output
     with pytest.raises(UserError, match="expected variance=0 in the loss"):
         one_loss(objective(Maps(2, learned_variance=False), FLOW, DenoiserLoss()))
     loss, numbers = one_loss(objective(Maps(2), FLOW, DenoiserLoss(variance=0.0)))
@@ -424,7 +424,7 @@ every = pytest.mark.parametrize("name", CONFIGS)
 
 @every
 def test_a_prediction_has_the_networks_variance(name: str) -> None:
-    """However it is asked: alone, by `predict`, in a batch of several times, in parts."""
+    """It is the same alone, by `predict`, in a batch of several times, and in parts."""
     model = model_of(CONFIGS[name], process_of("cosine"))
     network: Any = model.denoiser.network
     assert network.learned_variance and network.channels == CHANNELS == network.in_channels
@@ -547,8 +547,9 @@ def test_a_network_without_one_is_refused() -> None:
 
 
 def test_wrappers_hand_it_on() -> None:
-    """What is known is a point, whose posterior has the smallest variance; windows of a canvas are
-    averaged.
+    """The known region is a point, whose posterior has the smallest variance.
+
+    Windows of a canvas are averaged.
     """
     process, x = process_of("cosine"), normal(1, 1, 4, 8)
     z, mask = normal(1, 1, 4, 8, seed=1), torch.zeros(1, 1, 4, 8)
@@ -597,8 +598,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_recipe_trains_a_model_that_samples_with_it(
     name: str, pictures: Path, tmp_path: Path
 ) -> None:
-    """The config says twice the channels of any latent; the folder opens here, and its scheduler in
-    diffusers, with the variance learned.
+    """The network's config has twice the channels of the latent.
+
+    The folder opens in sfumato, and its scheduler in diffusers, with the variance learned.
     """
     loop = LoopSettings(
         steps=2, batch_size=4, lr=1e-3, warmup=0, save_every=2, show_every=2, log_every=1

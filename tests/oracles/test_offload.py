@@ -1,5 +1,6 @@
-"""Streamed weights: the same bits as in memory, no more of it than asked for, and what `sfumato
-info` says of it.
+"""Streamed weights: the same bits as in memory, within the memory limit.
+
+`sfumato info` reports their cost.
 """
 
 import copy
@@ -179,8 +180,9 @@ def test_nothing_stays_where_there_is_no_room(
 @pytest.mark.usefixtures("all_layers")
 @pytest.mark.parametrize("dtype", KINDS)
 def test_an_original_single_file(tmp_path: Path, dtype: str) -> None:
-    """Latent Diffusion's text model: names, and some shapes, are others in the file than in the
-    network; BERT asks its table by name.
+    """Latent Diffusion's text model.
+
+    Names, and some shapes, differ between file and network; BERT reads its table by name.
     """
     widths: dict[str, Any] = {"block_out_channels": (32, 64), "layers_per_block": 1}
     down, up = ("CrossAttnDownBlock2D",) * 2, ("CrossAttnUpBlock2D",) * 2
@@ -244,8 +246,9 @@ def test_only_one_part_holds_weights(folders: dict[tuple[str, str], Path]) -> No
 
 
 class Deep(nn.Module):
-    """Linear layers one after the other, each asked twice, as feed-forward layers are that take
-    rows in parts.
+    """Linear layers one after the other, each called twice.
+
+    Feed-forward layers that take rows in parts do so.
     """
 
     def __init__(self, width: int, depth: int):
@@ -366,8 +369,9 @@ def test_copies_use_one_ring_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @torch.inference_mode()
 def test_t5(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Two modules with one table; layers that ask for the dtype of the next one's weight; in
-    float16 some that stay in float32.
+    """Two modules share a table, and layers read the dtype of the next one's weight.
+
+    In float16 some stay in float32.
     """
     import transformers
 
@@ -481,7 +485,7 @@ def test_too_little_memory_names_a_budget_that_works(
     folders: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = host_memory.resident_bytes()
-    # what the tests before this one leave and give back is not what is asked here
+    # memory of earlier tests is not measured here
     monkeypatch.setattr(MemoryBudget, "now", lambda self: held)
     with pytest.raises(
         UserError, match=r"memory 1 MB is too little: expected at least (\d+) MB"
@@ -732,7 +736,7 @@ def test_info_tells_it(
     assert main(["info", folder]) == 0
     text = capsys.readouterr().out
     assert "streamed, bfloat16" in text and "does not fit" not in text and "(F32)" in text
-    # a machine that is too small for the model: told all the same, by streaming
+    # a machine that is too small for the model: measured all the same, by streaming
     need, libraries = facts["memory"]["ways"]["in memory, float32"]["needs"], 64 * 10**9
     monkeypatch.setattr(
         "sfumato.checkpoints.memory_estimate._way",

@@ -168,8 +168,9 @@ def test_doubling_is_a_convolution_of_the_doubled_map() -> None:
 
 
 def test_it_is_a_copy_for_inference() -> None:
-    """What is done to the network afterwards does not reach the packed one, and nothing is taken
-    that would be silently wrong.
+    """Later changes of the network do not reach the packed one.
+
+    Calls that would be silently wrong are refused.
     """
     network = unet("convolutions around transformers")
     quick, (x, t, cond) = prepack(network), inputs(1, 8, 8)
@@ -213,8 +214,9 @@ def test_a_ready_model_is_saved_like_any_other(fashion: Any, tmp_path: Any) -> N
 
 @torch.inference_mode()
 def test_a_copy_of_a_compiled_network_is_its_own() -> None:
-    """Guidance weakens copies; one that still called the compiled network would not be weaker, and
-    nobody would see it.
+    """Guidance weakens copies of the network.
+
+    A copy that still called the compiled network would silently not be weaker.
     """
     network, (x, t, cond) = unet("convolutions around transformers"), inputs(1, 8, 8)
     changed, expected = copy.deepcopy(compile_network(network)), copy.deepcopy(network)

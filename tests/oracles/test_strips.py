@@ -284,8 +284,9 @@ def test_other_kinds_in_float32(kind: str) -> None:
 
 
 def test_a_tiny_autoencoder_keeps_no_large_map(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no norms: its strips go from end to end, and only they and what is asked for are
-    alive.
+    """It has no norms: its strips go from end to end.
+
+    Only they and the result are alive.
     """
     monkeypatch.setattr(by, "_SLAB", 2**12)
     autoencoder, raw, image = (
@@ -379,8 +380,9 @@ class Alive(TorchDispatchMode):
 def test_nothing_near_the_size_of_two_maps_is_alive(
     part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The largest map once, some strips, and what was asked for; the whole holds several such
-    maps.
+    """The largest map once, some strips, and the result are alive.
+
+    The whole run holds several such maps.
     """
     monkeypatch.setattr(by, "_SLAB", 2**12)
     autoencoder = kl(
@@ -443,7 +445,7 @@ def _products(autoencoder: AutoencoderKL, raw: Tensor) -> list[int]:
     return result
 
 
-# ---- what is refused -----------------------------------------------------------------------------
+# ---- refused inputs ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

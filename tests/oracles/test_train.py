@@ -91,7 +91,7 @@ def one_loss(
 
 
 class Line(Objective):
-    """y = w x in float32, with whatever a test wants to happen in the loss."""
+    """y = w x in float32; a test may add any effect to the loss."""
 
     main, stage = "line", "train line"
 
@@ -184,8 +184,9 @@ def test_the_perceptual_gradient_reaches_the_whole_decoder(shapes: Shapes, name:
 
 
 def test_the_check_of_the_perceptual_gradient_can_fail(shapes: Shapes) -> None:
-    """The well-known mistake, features computed under no_grad: the loss has the same value and
-    teaches nothing.
+    """A common mistake: features computed under no_grad.
+
+    The loss has the same value and trains nothing.
     """
     without = decoder_gradients(AutoencoderLoss(kl=0))
     blind = decoder_gradients(
@@ -314,13 +315,14 @@ def test_the_discriminators_turn_teaches_the_discriminator_alone() -> None:
 
 
 def test_patch_logits_come_one_a_patch() -> None:
-    """Three halvings make a receptive field of 70 pixels: a logit does not see what is farther
-    away.
+    """Three halvings make a receptive field of 70 pixels.
+
+    A logit does not depend on pixels farther away.
     """
     torch.manual_seed(0)
     network = PatchDiscriminator(1, width=8, layers=3)
     for module in network.modules():
-        if isinstance(module, nn.GroupNorm):  # it sees the whole map: leave the convolutions
+        if isinstance(module, nn.GroupNorm):  # it depends on the whole map: leave the convolutions
             module.forward = lambda x: x  # type: ignore[method-assign]
     image = torch.zeros(1, 1, 128, 128, requires_grad=True)
     logits = network(image)
@@ -391,8 +393,9 @@ def denoiser(
 @pytest.mark.parametrize("weighting", ["plain", "min_snr"])
 @pytest.mark.parametrize("name", ["eps", "v"])
 def test_the_denoisers_loss_by_hand(weighting: Any, name: str) -> None:
-    """A network that says 0: the loss is the weighted mean square of the target, from the same
-    random numbers.
+    """A network whose output is 0.
+
+    The loss is the weighted mean square of the target, from the same random numbers.
     """
     process = Process(schedule("linear"), parameterization(name))
     latents = Latents(torch.randn(4, 2, 8, 8), std=0.3)
@@ -472,7 +475,7 @@ def test_a_share_of_the_conditions_is_null(drop: float) -> None:
 
 
 def test_a_conditioner_names_the_entry_of_the_batch_that_conditions() -> None:
-    """By the pictures' numbers rows 1 and 3 are asked for, by their labels class 0 both times."""
+    """By the images' numbers the condition is rows 1 and 3, by their labels class 0 twice."""
 
     class Numbered(ClassNames):
         batch_key = "number"
@@ -523,7 +526,7 @@ def test_impossible_settings_are_refused_when_they_are_made(
     settings: Any, name: str, value: Any
 ) -> None:
     wrong = copy.copy(settings)
-    # the constructor's types are checked in tests, and it is the sentence that we want
+    # the constructor's types are checked in tests, and the message is tested here
     object.__setattr__(wrong, name, value)
     with pytest.raises(UserError, match=str(value)):
         wrong.__post_init__()
@@ -819,7 +822,7 @@ def test_a_line_of_the_log_is_the_mean_over_the_steps_since_the_last(tmp_path: P
 
 
 def test_losses_are_summed_on_their_device() -> None:
-    """The device without numbers: whoever asks for one stumbles."""
+    """The meta device holds no numbers: reading one fails."""
     means, loss = Means(), torch.zeros((), device="meta", requires_grad=True)
     for _ in range(3):
         means.add({"loss": loss, "norm": 2.0})
@@ -872,7 +875,7 @@ def test_an_autoencoder_learns_one_batch_by_heart(tmp_path: Path) -> None:
 def test_a_denoiser_learns_one_latent_by_heart(tmp_path: Path) -> None:
     """It was shown one latent: sampling gives that latent, whatever the noise."""
     process = Process(schedule("cosine"), parameterization("x0"))
-    # no place differs: a network has no other way to know places
+    # no place differs: the table is all that a network has of positions
     mean = torch.tensor([1.7, -2.0]).reshape(1, 2, 1, 1).expand(1, 2, 8, 8)
     objective = denoiser(DenoiserLoss(), process, Latents(mean))
     network = train(

@@ -1,5 +1,7 @@
-"""Any network's config stands in a recipe: what data, autoencoder and text encoder say is filled
-in, and what cannot be is said before the first step.
+"""Recipes with any network's config.
+
+Values of data, autoencoder and text encoder are filled in; impossible settings are refused before
+the first step.
 """
 
 import json
@@ -32,7 +34,7 @@ FLUX: dict[str, Any] = {
     "num_attention_heads": 2,
     "attention_head_dim": 16,
 }
-# its config, the text encoder (None: classes), what the folder must say
+# its config, the text encoder (None: classes), fields of the folder's config
 NETWORKS: dict[str, tuple[Any, str | None, dict[str, Any]]] = {
     "DiT": (DiTConfig(**SMALL), None, {"num_embeds_ada_norm": 2, "sample_size": 8}),
     "SiT": (SiTConfig(**SMALL), None, {"num_embeds_ada_norm": 2, "sample_size": 8}),
@@ -95,7 +97,7 @@ def recipe(
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_any_network_is_trained_by_a_recipe(name: str, place: Path, tmp_path: Path) -> None:
-    """The folder opens, and draws a picture of training's size if nobody says another."""
+    """The folder opens, and its default size is that of training."""
     network, text, expected = NETWORKS[name]
     folder = recipe(place, network, text).run(tmp_path / "run")
     config = json.loads((folder / "transformer" / "config.json").read_text())

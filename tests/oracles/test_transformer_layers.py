@@ -183,7 +183,7 @@ def test_attention_in_blocks_leaves_other_inputs_to_torch() -> None:
             q[:, :1000].bfloat16(), q.bfloat16()
         )
         assert not cpu_attention.fits(q[..., :64].bfloat16(), q[..., :64].bfloat16())
-    assert not cpu_attention.fits(q.bfloat16(), q.bfloat16())  # a gradient may be wanted
+    assert not cpu_attention.fits(q.bfloat16(), q.bfloat16())  # a gradient may be needed
 
 
 def test_the_attention_backend_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

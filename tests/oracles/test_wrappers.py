@@ -1,5 +1,6 @@
-"""Wrappers against what they promise: a known region that stays known, windows that add up,
-features that are reused and never mixed.
+"""Wrappers against their promises.
+
+A known region stays known, windows add up, features are reused and never mixed.
 """
 
 import math
@@ -79,11 +80,10 @@ ELSEWHERE = {("lcm", "ve"), ("lcm", "edm"), ("pndm", "cosine")}
 def test_the_known_region_is_z_with_the_right_noise_at_every_level_and_z_at_the_end(
     name: str, kind: str
 ) -> None:
-    """Without noise on the way: alpha z + sigma times the run's first noise, to rounding. With it:
-    noise of mean 0 and variance 1.
+    """Without added noise: alpha z + sigma times the run's first noise, to rounding.
 
-    2592 known cells, 5.5 standard errors. LCM gives c_skip x + c_out z instead of z, with a c_skip
-    of up to 1e-3 at these levels.
+    With it: noise of mean 0 and variance 1. 2592 known cells, 5.5 standard errors. LCM gives c_skip
+    x + c_out z instead of z, with a c_skip of up to 1e-3 at these levels.
     """
     chosen, z, first = (
         schedule(kind),
@@ -198,12 +198,11 @@ def inpainted(
 @pytest.mark.parametrize("kind", ["flow", "cosine"])
 @pytest.mark.parametrize("rho", [0.0, 0.8])
 def test_error_of_a_run_without_added_noise(kind: str, rho: float) -> None:
-    """x_2 is linear in z_1, the known noise n_1 and its own n_2, with coefficients that solve a
-    linear ODE in r = sigma/alpha:
+    """x_2 is linear in z_1, the known noise n_1 and its own n_2.
 
-    with D(r) = (1 + r^2)^2 - rho^2, those of z_1 and n_1 are rho D(0)^1/4 times the integrals of r
-    D^-5/4 and r^2 D^-5/4, that of n_2 is D(0)^1/4. The exact answer is rho z_1 with variance 1 -
-    rho^2: right for rho = 0 only.
+    The coefficients solve a linear ODE in r = sigma/alpha: with D(r) = (1 + r^2)^2 - rho^2, those
+    of z_1 and n_1 are rho D(0)^1/4 times the integrals of r D^-5/4 and r^2 D^-5/4, that of n_2 is
+    D(0)^1/4. The exact answer is rho z_1 with variance 1 - rho^2: right for rho = 0 only.
     """
     z = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64).reshape(3, 1, 1, 1) * torch.ones(
         1, 1, 1, 2, dtype=torch.float64
@@ -363,8 +362,9 @@ def test_the_result_is_the_weighted_average_of_the_windows(weights: str, around:
 
 
 class Pictures(nn.Module):
-    """y = sin(x + concat) + a number for each class: position-independent; remembers the sizes it
-    was asked.
+    """y = sin(x + concat) + a number for each class, position-independent.
+
+    It records the sizes of its calls.
     """
 
     def __init__(self) -> None:
@@ -411,8 +411,9 @@ def test_guidance_inside_and_conditioning_that_is_cut_as_x_is() -> None:
 
 
 def test_a_canvas_that_goes_around_has_no_place_where_it_begins() -> None:
-    """With a network that sees a window's own edges (convolutions, attention): turning the canvas
-    by whole strides turns the prediction.
+    """The network depends on a window's own edges (convolutions, attention).
+
+    Turning the canvas by whole strides turns the prediction.
     """
     denoiser = tiny()
     x, conditioning = normal(1, 2, 8, 16), Conditioning(vector=torch.eye(3)[[0]])
@@ -681,8 +682,9 @@ def test_the_threshold_decides_for_each_image_alone(
 def test_where_guidance_stops_and_begins_again_nobody_takes_anothers_features(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Windows and classes: where the second class is not asked, the places of a call's questions
-    mean other things.
+    """Windows and classes.
+
+    Where the second class is not evaluated, other rows stand at the places of a call.
     """
 
     class Sometimes(Constant):
@@ -754,8 +756,9 @@ def test_a_cache_that_cannot_be_or_is_used_twice_at_once_is_refused() -> None:
 
 @torch.inference_mode()
 def test_they_stack() -> None:
-    """A known region in a large canvas of windows with guidance, with a cache: the known part is z,
-    each image is what it is alone.
+    """A known region in a large canvas of windows with guidance, with a cache.
+
+    The known part is z, and each image is the same as alone.
     """
     denoiser, z, mask = tiny(), normal(1, 2, 8, 20, seed=9), torch.zeros(1, 1, 8, 20)
     mask[:, :, 2:6, 3:12] = 1
