@@ -1,5 +1,6 @@
-"""What it costs that an image does not depend on its batch: this code beside plain torch, and
-beside another checkout, in one run.
+"""Cost of batch invariance: this code beside plain torch, in one run.
+
+Another checkout may run beside them.
 
     python benchmarks/batch_invariance.py [--before CHECKOUT] [--workloads fashion-1 ...] [--repeats
     7] [--threads 2]

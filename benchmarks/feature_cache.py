@@ -1,4 +1,4 @@
-"""What a feature cache saves and what it costs, against the same run with every call whole.
+"""Savings and errors of a feature cache, against the same run with every call whole.
 
     python benchmarks/feature_cache.py
 

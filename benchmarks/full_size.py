@@ -44,8 +44,7 @@ class Settings:
     steps: int = 2
     threads: int = 2
     folder: Path | None = None
-    """Folder of the model, which is kept and used again. Default: a temporary
-    folder."""
+    """Folder of the model, kept and used again. Default: a temporary folder."""
     ways: tuple[str, ...] = ("diffusers", "sfumato", "sfumato optimized")
 
 

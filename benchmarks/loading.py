@@ -37,8 +37,7 @@ class Settings:
     """The dtype that the model is opened in."""
     repeats: int = 3
     folder: Path | None = None
-    """Folder of the model, which is kept and used again. Default: a temporary
-    folder."""
+    """Folder of the model, kept and used again. Default: a temporary folder."""
     ways: tuple[str, ...] = ("diffusers", "sfumato", "sfumato optimized")
 
 

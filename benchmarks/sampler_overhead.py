@@ -1,5 +1,4 @@
-"""What a run costs beside the network: the sampler's algebra, guidance, checks, questions and
-answers.
+"""Cost of a run beside the network: the sampler's algebra, guidance, checks and calls.
 
     python benchmarks/sampler_overhead.py [--n 16] [--steps 20] [--repeats 15] [--samplers ddim ...]
     [--guidance 1.5] [--diffusers]

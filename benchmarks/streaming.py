@@ -66,8 +66,7 @@ class Settings:
     steps: int = 4
     threads: int = 2
     folder: Path | None = None
-    """Folder of the model, which is kept and used again. Default: a temporary
-    folder."""
+    """Folder of the model, kept and used again. Default: a temporary folder."""
     ways: tuple[str, ...] = ("in memory", "streamed", "cold")
 
 

@@ -689,12 +689,12 @@ def test_the_first_of_both_splits_are_opened_alone(
     """
     sets = open_both(numbered(tmp_path / "whole", kind, range(20), request), 0.2)
     expected = [images.subset(range(3)) for images in sets]
-    target = {
+    indices = {
         int(value) // 10
         for images in expected
         for value in bytes_of(images.batch(range(3))["image"])[:, 0, 0, 0]
     }
-    source = numbered(tmp_path / "broken", kind, target, request)
+    source = numbered(tmp_path / "broken", kind, indices, request)
     if kind != "idx":
         with pytest.raises(UserError, match="cannot be read as an image"):
             open_images(source)

@@ -253,7 +253,7 @@ def test_files_written_one_tensor_at_a_time(tmp_path: Path) -> None:
 def test_a_file_that_is_not_as_announced_is_not_written(tmp_path: Path) -> None:
     one, table = torch.ones(2), {"a": (torch.float32, (2,)), "b": (torch.float32, (2,))}
     file = tmp_path / "a.safetensors"
-    for inputs in (
+    for tensors in (
         [("a", one)],
         [("b", one), ("a", one)],
         [("a", one.half()), ("b", one)],
@@ -261,7 +261,7 @@ def test_a_file_that_is_not_as_announced_is_not_written(tmp_path: Path) -> None:
         [("a", one), ("b", one), ("c", one)],
     ):
         with pytest.raises(ValueError, match="was announced"):
-            write_streamed(file, table, iter(inputs))
+            write_streamed(file, table, iter(tensors))
     with pytest.raises(ValueError, match="numbers of 4 bytes after those of 2"):
         write_streamed(file, {"a": (torch.float16, (2,)), "b": (torch.float32, (2,))}, iter([]))
     assert not [*tmp_path.iterdir()]

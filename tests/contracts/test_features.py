@@ -214,13 +214,13 @@ def test_efficientnet_agrees_with_the_package_that_published_the_weights() -> No
     )
     from sfumato.evaluate.efficientnet import load as load_efficientnet
 
-    actual = load_efficientnet()
-    reference = published.EfficientNet.from_name("efficientnet-lite0").eval()
-    reference.load_state_dict(actual.state_dict())
+    network = load_efficientnet()
+    peer = published.EfficientNet.from_name("efficientnet-lite0").eval()
+    peer.load_state_dict(network.state_dict())
     images = uniform(2, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(
-            actual(images), reference((255 * images - 127) / 128), rtol=1e-4, atol=1e-4
+            network(images), peer((255 * images - 127) / 128), rtol=1e-4, atol=1e-4
         )
 
 

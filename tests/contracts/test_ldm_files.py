@@ -147,11 +147,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def published_yaml(name: str) -> dict[str, Any]:
-    inputs = PUBLISHED[name]
-    vq, wide = not inputs["first"]["double_z"], inputs["first"]["z_channels"]
+    published = PUBLISHED[name]
+    vq, wide = not published["first"]["double_z"], published["first"]["z_channels"]
     first = {
         "embed_dim": wide,
-        "ddconfig": inputs["first"],
+        "ddconfig": published["first"],
         "lossconfig": {"target": "torch.nn.Identity"},
     }
     first |= {"n_embed": 8192 if wide == 3 else 16384} if vq else {}
@@ -162,10 +162,10 @@ def published_yaml(name: str) -> dict[str, Any]:
         "num_timesteps_cond": 1,
         "image_size": 64,
     }
-    params |= {"channels": wide, "monitor": "val/loss", "concat_mode": False} | inputs.get(
+    params |= {"channels": wide, "monitor": "val/loss", "concat_mode": False} | published.get(
         "more", {}
     )
-    condition = inputs.get("condition", "__is_unconditional__")
+    condition = published.get("condition", "__is_unconditional__")
     if isinstance(condition, dict):
         condition = {**condition, "target": f"ldm.modules.encoders.modules.{condition['target']}"}
     target = f"ldm.models.autoencoder.{'VQModelInterface' if vq else 'AutoencoderKL'}"
@@ -176,7 +176,7 @@ def published_yaml(name: str) -> dict[str, Any]:
     params |= {
         "unet_config": {
             "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
-            "params": inputs["unet"],
+            "params": published["unet"],
         }
     }
     return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
@@ -213,26 +213,26 @@ def test_published_configurations(name: str) -> None:
     """Read with their YAML, the networks have the paper's sizes; unconditional ones and
     text-to-image need no YAML.
     """
-    inputs, file = PUBLISHED[name], published_file(name)
+    published, file = PUBLISHED[name], published_file(name)
     result = single.split_tensors(
         file, {}, "file", ReadOptions(original_config=from_yaml(published_yaml(name)))
     )
     unet = result.components["unet"].config
-    assert {k: unet.get(k) for k in inputs["heads"]} == inputs["heads"] and unet[
+    assert {k: unet.get(k) for k in published["heads"]} == published["heads"] and unet[
         "sample_size"
-    ] == inputs["side"]
+    ] == published["side"]
     network_class, config_class = registered()[unet["_class_name"]]
     with torch.device("meta"):
         network = network_class(config_class.from_dict(unet))
     count = sum(p.numel() for p in network.parameters())
     if name == "text-to-image":
         count += sum(math.prod(v.shape) for v in result.components["bert"].tensors.values())
-    assert count / 1e6 == pytest.approx(inputs["millions"], rel=0.004)
+    assert count / 1e6 == pytest.approx(published["millions"], rel=0.004)
     assert {k: tuple(v.shape) for k, v in network.state_dict().items()} == {
         k: v.shape for k, v in result.components["unet"].tensors.items()
     }
     schedule = result.schedulers["scheduler"]
-    more = inputs.get("more", {})
+    more = published.get("more", {})
     assert (schedule["beta_start"], schedule["beta_end"]) == (
         more.get("linear_start", 0.0015),
         more.get("linear_end", 0.0195),

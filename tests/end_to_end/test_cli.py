@@ -65,12 +65,12 @@ class StubModel:
             "width": 8,
         }
         always = ("prompt", "n", "seed", "negative_prompt")
-        options = {
+        changed = {
             f.name: value
             for f in fields(Request)
             if (value := getattr(request, f.name)) != f.default or f.name in always
         }
-        return StubPlan(settings | options)
+        return StubPlan(settings | changed)
 
     def describe(self) -> dict[str, Any]:
         return {"image": {"channels": 1, "height": 8, "width": 8}}
@@ -79,11 +79,11 @@ class StubModel:
         return self
 
     def run(self, plan: StubPlan, *, on_step: Callable[[object], bool | None]) -> list[Image.Image]:
-        options = dict(plan)
-        self.requests.append(options)
-        prompt, n, seed = (options[name] for name in ("prompt", "n", "seed"))
+        request = dict(plan)
+        self.requests.append(request)
+        prompt, n, seed = (request[name] for name in ("prompt", "n", "seed"))
         rest = {
-            name: value for name, value in options.items() if name not in ("prompt", "n", "seed")
+            name: value for name, value in request.items() if name not in ("prompt", "n", "seed")
         }
         if prompt == "interrupt":
             raise KeyboardInterrupt

@@ -200,9 +200,10 @@ def test_another_models_picture_is_refused(
 def test_wrong_requests_are_explained(
     tiny: Path, capsys: pytest.CaptureFixture[str], flags: str, words: str
 ) -> None:
-    inputs = flags.split()
+    arguments = flags.split()
     assert (
-        main(["generate", *inputs, *([] if "--model" in inputs else ["--model", str(tiny)])]) == 2
+        main(["generate", *arguments, *([] if "--model" in arguments else ["--model", str(tiny)])])
+        == 2
     )
     err = capsys.readouterr().err
     assert words in err and len(err.splitlines()) == 1

@@ -360,7 +360,7 @@ def test_a_run_killed_during_a_save_goes_on_bit_for_bit(
     def work() -> None:
         reached, save, count = MOMENTS[moment], checkpoint.save, 0
 
-        def saving(*inputs: Any, **options: Any) -> None:
+        def saving(*arguments: Any, **options: Any) -> None:
             nonlocal count
             count += 1
             if count == 3:
@@ -368,7 +368,7 @@ def test_a_run_killed_during_a_save_goes_on_bit_for_bit(
                     safetensors.torch.save_file = half_a_file
                 else:
                     die_before(reached)()
-            save(*inputs, **options)
+            save(*arguments, **options)
 
         checkpoint.save = saving
         run(kind, tmp_path)
@@ -737,14 +737,14 @@ def test_a_full_disk_during_a_save_loses_nothing(
     """
     write, count = safetensors.torch.save_file, 0
 
-    def full(*inputs: Any, **options: Any) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
         nonlocal count
         count += 1
         if count == per_save + 1 + call:
             raise SafetensorError(
                 "Error while serializing: I/O error: No space left on device (os error 28)"
             )
-        write(*inputs, **options)
+        write(*arguments, **options)
 
     per_save = 5 if kind == "autoencoder" else 3
     with monkeypatch.context() as patch:

@@ -175,20 +175,20 @@ def test_sizes_and_crops(picture: ImageSpec, conditioners: dict[str, ClipText]) 
 
     pipe = SimpleNamespace(unet=network(6))
     method: Any = diffusers.StableDiffusionXLPipeline._get_add_time_ids
-    inputs = [
+    numbers = [
         picture.original_size or picture.size,
         picture.crop,
         picture.target_size or picture.size,
     ]
-    reference = method(pipe, *inputs, dtype=torch.float32, text_encoder_projection_dim=10)
+    reference = method(pipe, *numbers, dtype=torch.float32, text_encoder_projection_dim=10)
     result = conditioners["sdxl"](["a", "b"], picture).vector
     assert result is not None and torch.equal(result[:, 10:], reference.expand(2, -1))
-    inputs = [
-        picture.negative_original_size or inputs[0],
+    numbers = [
+        picture.negative_original_size or numbers[0],
         picture.crop,
-        picture.negative_target_size or inputs[2],
+        picture.negative_target_size or numbers[2],
     ]
-    reference = method(pipe, *inputs, dtype=torch.float32, text_encoder_projection_dim=10)
+    reference = method(pipe, *numbers, dtype=torch.float32, text_encoder_projection_dim=10)
     result = conditioners["sdxl"].null(1, picture.negative).vector
     assert (
         result is not None and torch.equal(result[:, 10:], reference) and not result[:, :10].any()

@@ -421,7 +421,7 @@ def test_kontext(size: tuple[int, int], folders: dict[str, Path]) -> None:
     """
     pipe, model = open_pipeline(folders["kontext"]), load(folders["kontext"])
     options: dict[str, Any] = {"height": size[0], "width": size[1]}
-    inputs: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "image": photo(),
         "_auto_resize": False,
         "max_area": size[0] * size[1],
@@ -429,22 +429,25 @@ def test_kontext(size: tuple[int, int], folders: dict[str, Path]) -> None:
     } | options
     request = Request(PROMPTS, steps=3, **options)
     compare(
-        model.run(edit(model, photo() * 2 - 1, request), output="tensor"), pictures(pipe, **inputs)
+        model.run(edit(model, photo() * 2 - 1, request), output="tensor"),
+        pictures(pipe, **arguments),
     )
     other = torch.cat([photo(), photo(6)])
     compare(
         model.run(edit(model, other * 2 - 1, request), output="tensor"),
-        pictures(pipe, **{**inputs, "image": other}),
+        pictures(pipe, **{**arguments, "image": other}),
     )
     expected = pictures(
-        pipe, negative_prompt=["ugly"] * 2, true_cfg_scale=2.0, guidance_scale=4.0, **inputs
+        pipe, negative_prompt=["ugly"] * 2, true_cfg_scale=2.0, guidance_scale=4.0, **arguments
     )
     request = Request(
         PROMPTS, steps=3, guidance=2.0, distilled_guidance=4.0, negative_prompt="ugly", **options
     )
     compare(model.run(edit(model, photo() * 2 - 1, request), output="tensor"), expected)
-    del inputs["image"]
-    compare(model.generate(PROMPTS, steps=3, output="tensor", **options), pictures(pipe, **inputs))
+    del arguments["image"]
+    compare(
+        model.generate(PROMPTS, steps=3, output="tensor", **options), pictures(pipe, **arguments)
+    )
 
 
 def test_inversion_takes_the_distilled_guidance(folders: dict[str, Path]) -> None:

@@ -41,7 +41,7 @@ def predictions(count: int, seed: int = 0) -> tuple[Tensor, list[Prediction]]:
 
 def begun(name: str, **options: Any) -> Callable[..., Prediction]:
     join = find("predict.guidance.rules", name)(**options).begin()
-    return lambda x, inputs, w, index=0: join(x, Moment(0.5, *POINT, index), inputs, w)
+    return lambda x, pairs, w, index=0: join(x, Moment(0.5, *POINT, index), pairs, w)
 
 
 def close(actual: Tensor, reference: Tensor) -> None:
@@ -50,12 +50,12 @@ def close(actual: Tensor, reference: Tensor) -> None:
 
 @SCALES
 def test_classifier_free_guidance(w: float) -> None:
-    x, inputs = predictions(2)
-    result = begun("linear")(x, inputs, w)
+    x, pairs = predictions(2)
+    result = begun("linear")(x, pairs, w)
     guider = guiders.ClassifierFreeGuidance(guidance_scale=w)
     for actual, c, u in (
-        (result.x0, inputs[0].x0, inputs[1].x0),
-        (result.eps, inputs[0].eps, inputs[1].eps),
+        (result.x0, pairs[0].x0, pairs[1].x0),
+        (result.eps, pairs[0].eps, pairs[1].eps),
     ):
         close(actual, guider.forward(c, u).pred)
 
@@ -63,13 +63,13 @@ def test_classifier_free_guidance(w: float) -> None:
 @SCALES
 @pytest.mark.parametrize("phi", [0.3, 0.7, 1.0])
 def test_rescale(w: float, phi: float) -> None:
-    x, inputs = predictions(2)
+    x, pairs = predictions(2)
     reference = (
         guiders.ClassifierFreeGuidance(guidance_scale=w, guidance_rescale=phi)
-        .forward(inputs[0].x0, inputs[1].x0)
+        .forward(pairs[0].x0, pairs[1].x0)
         .pred
     )
-    close(begun("rescale", phi=phi)(x, inputs, w).x0, reference)
+    close(begun("rescale", phi=phi)(x, pairs, w).x0, reference)
 
 
 @SCALES
@@ -96,8 +96,8 @@ def test_adaptive_projected_guidance(w: float, options: dict[str, float]) -> Non
     guider.momentum_buffer = MomentumBuffer(options["momentum"]) if "momentum" in options else None
     join = begun("project", **options)
     for step in range(4):
-        x, inputs = predictions(2, seed=10 * step)
-        close(join(x, inputs, w).x0, guider.forward(inputs[0].x0, inputs[1].x0).pred)
+        x, pairs = predictions(2, seed=10 * step)
+        close(join(x, pairs, w).x0, guider.forward(pairs[0].x0, pairs[1].x0).pred)
 
 
 @SCALES
@@ -105,10 +105,10 @@ def test_zero_star(w: float) -> None:
     guider = guiders.ClassifierFreeZeroStarGuidance(guidance_scale=w, zero_init_steps=1)
     join = begun("zero_star")
     for step in range(3):
-        x, inputs = predictions(2, seed=10 * step)
+        x, pairs = predictions(2, seed=10 * step)
         guider.set_state(step, 3, torch.tensor(0))
-        result = join(x, inputs, w, index=step)
-        close(result.eps - result.x0, guider.forward(*(p.eps - p.x0 for p in inputs)).pred)
+        result = join(x, pairs, w, index=step)
+        close(result.eps - result.x0, guider.forward(*(p.eps - p.x0 for p in pairs)).pred)
 
 
 @pytest.mark.parametrize(("w", "second"), [(2.0, 3.8), (7.5, 1.5)])
@@ -116,7 +116,7 @@ def test_away_from_two(w: float, second: float) -> None:
     """Their perturbed-attention guider with classifier-free guidance; scales from the conditional
     prediction, where off is 0.
     """
-    x, inputs = predictions(3)
+    x, pairs = predictions(3)
     guider = guiders.PerturbedAttentionGuidance(
         guidance_scale=w - 1,
         perturbed_guidance_scale=second - 1,
@@ -125,17 +125,17 @@ def test_away_from_two(w: float, second: float) -> None:
     )
     guider.set_state(1, 10, torch.tensor(0))
     close(
-        begun("dual", kind="away", second=second)(x, inputs, w).x0,
-        guider.forward(*(p.x0 for p in inputs)).pred,
+        begun("dual", kind="away", second=second)(x, pairs, w).x0,
+        guider.forward(*(p.x0 for p in pairs)).pred,
     )
 
 
 @torch.inference_mode()
 def test_autoguidance() -> None:
-    x, inputs = predictions(2)
+    x, pairs = predictions(2)
     guider = guiders.AutoGuidance(guidance_scale=2.4, auto_guidance_layers=[0], dropout=0.1)
     guider.set_state(1, 10, torch.tensor(0))
-    close(begun("linear")(x, inputs, 2.4).x0, guider.forward(inputs[0].x0, inputs[1].x0).pred)
+    close(begun("linear")(x, pairs, 2.4).x0, guider.forward(pairs[0].x0, pairs[1].x0).pred)
 
 
 VALUES: dict[str, Any] = {
@@ -190,9 +190,9 @@ def test_perturbed_attention(values: dict[str, Any], layers: list[str]) -> None:
     doubled = peer(
         x.repeat(2, 1, 1, 1), timestep.repeat(2), encoder_hidden_states=tokens.repeat(2, 1, 1)
     ).sample
-    inputs = Conditioning(tokens=tokens)
-    close(network(x, timestep, inputs), doubled[:2])
-    result = replace_layers(network, layers, self_attentions, "layer")(x, timestep, inputs)
+    cond = Conditioning(tokens=tokens)
+    close(network(x, timestep, cond), doubled[:2])
+    result = replace_layers(network, layers, self_attentions, "layer")(x, timestep, cond)
     close(result, doubled[2:])
     assert (result - doubled[:2]).abs().max() > 1e-3
 
@@ -214,7 +214,7 @@ def test_layers_left_out() -> None:
         "down_blocks.1.resnets.0",
         "up_blocks.1.attentions.0.transformer_blocks.0.attn1",
     ]
-    inputs = Conditioning(tokens=tokens)
-    result = replace_layers(network, layers, branches, "layer")(x, timestep, inputs)
+    cond = Conditioning(tokens=tokens)
+    result = replace_layers(network, layers, branches, "layer")(x, timestep, cond)
     close(result, expected)
-    assert (result - network(x, timestep, inputs)).abs().max() > 1e-3
+    assert (result - network(x, timestep, cond)).abs().max() > 1e-3

@@ -435,9 +435,9 @@ def yaml_of(name: str, levels: int, **more: Any) -> dict[str, Any]:
 
 
 def config_of(name: str) -> UNet2DConfig:
-    inputs, kept = PUBLISHED[name]
-    widths = tuple(inputs["model_channels"] * m for m in inputs["channel_mult"])
-    attends = [2**k in inputs["attention_resolutions"] for k in range(len(widths))]
+    published, kept = PUBLISHED[name]
+    widths = tuple(published["model_channels"] * m for m in published["channel_mult"])
+    attends = [2**k in published["attention_resolutions"] for k in range(len(widths))]
     rest = (
         ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
         if kept["downsample_type"] == "resnet"
@@ -449,7 +449,9 @@ def config_of(name: str) -> UNet2DConfig:
         down_block_types=tuple("AttnDownBlock2D" if a else rest[0] for a in attends),
         up_block_types=tuple("AttnUpBlock2D" if a else rest[1] for a in reversed(attends)),
         upsample_type=kept["downsample_type"],
-        resnet_time_scale_shift="scale_shift" if inputs.get("use_scale_shift_norm") else "default",
+        resnet_time_scale_shift="scale_shift"
+        if published.get("use_scale_shift_norm")
+        else "default",
         **kept,
     )
 
@@ -483,13 +485,13 @@ def ldm_nothing() -> Any:
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("new_order", [False, True])
 def test_original_layout_without_tokens(name: str, new_order: bool) -> None:
-    config, inputs = config_of(name), PUBLISHED[name][0]
+    config, published = config_of(name), PUBLISHED[name][0]
     network = randomised(UNet(config), 1)
     tensors = load_tensors(
         store_all(unet_map(config.to_dict(), new_order), from_tensors(network.state_dict()))
     )
     original = Original(
-        tensors, inputs.get("num_heads"), inputs.get("num_head_channels"), new_order
+        tensors, published.get("num_heads"), published.get("num_head_channels"), new_order
     )
     x, t = torch.randn(2, 3, 8, 16), torch.tensor([981.0, 7.0])
     with torch.no_grad():
@@ -510,7 +512,7 @@ def test_original_layout_without_tokens(name: str, new_order: bool) -> None:
         )
         rebuilt = result.build(Path("file"))
         assert torch.equal(rebuilt(x, t, Conditioning()), network(x, t, Conditioning()))
-    if inputs.get("num_heads", 2) > 1:  # the orders differ, and so does what comes out
+    if published.get("num_heads", 2) > 1:  # the orders differ, and so does what comes out
         other = load_tensors(
             load_all(unet_map(config.to_dict(), not new_order), from_tensors(tensors), "file")
         )

@@ -215,9 +215,9 @@ def test_split_is_the_inverse_of_join(name: str, tmp_path: Path) -> None:
     assert again.kind == name
     for key, expected in parts.components.items():
         assert equal_tensors(single.weights(again.components[key]), single.weights(expected)), key
-    arguments, result = parts.components["unet"].config, again.components["unet"].config
-    levels = len(arguments["block_out_channels"])
-    for field in arguments.keys() - {
+    config, result = parts.components["unet"].config, again.components["unet"].config
+    levels = len(config["block_out_channels"])
+    for field in config.keys() - {
         "sample_size",
         "upcast_attention",
         "dropout",
@@ -227,7 +227,7 @@ def test_split_is_the_inverse_of_join(name: str, tmp_path: Path) -> None:
         if not field.startswith("_"):
             a, b = (
                 list(v) if isinstance(v, list | tuple) else [v] * levels
-                for v in (arguments[field], result[field])
+                for v in (config[field], result[field])
             )
             assert a == b, field
     assert again.schedulers["scheduler"]["prediction_type"] == FAMILIES[name][1]
@@ -422,11 +422,11 @@ def test_published_autoencoder_and_text_encoders() -> None:
                 "num_hidden_layers": layers,
                 "num_attention_heads": width // 64,
             }
-            arguments = part(kind(CLIPTextConfig(**sizes, projection_dim=width)))
-            shapes = {k: v.shape for k, v in arguments.tensors.items()}
+            component = part(kind(CLIPTextConfig(**sizes, projection_dim=width)))
+            shapes = {k: v.shape for k, v in component.tensors.items()}
             assert (
-                held(single.clip_map(arguments.config))
-                == held(single.open_clip_map(arguments.config))
+                held(single.clip_map(component.config))
+                == held(single.open_clip_map(component.config))
                 == shapes
             )
             assert count is None or len(shapes) == count

@@ -377,7 +377,7 @@ def test_tables_are_inverses(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_all_errors_are_in_one_message(name: str) -> None:
     layout, config, _, original = written(name)
-    inputs = config if layout.name == "pixart" else None
+    hint = config if layout.name == "pixart" else None
     keys = sorted(
         k
         for k in original
@@ -389,7 +389,7 @@ def test_all_errors_are_in_one_message(name: str) -> None:
         bent: original[bent][:, :-1],
     }
     with pytest.raises(UserError) as error:
-        read_transformer(layout, from_tensors(table), "a.safetensors", inputs)
+        read_transformer(layout, from_tensors(table), "a.safetensors", hint)
     message = str(error.value)
     if lost not in ("double_blocks.0.img_mlp.2.weight",):  # by which FLUX.2's MLPs are measured
         assert (
@@ -402,7 +402,7 @@ def test_all_errors_are_in_one_message(name: str) -> None:
             layout,
             from_tensors(original | {bent: original[bent].to(torch.int8)}),
             "a.safetensors",
-            inputs,
+            hint,
         )
 
 

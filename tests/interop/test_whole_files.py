@@ -272,8 +272,8 @@ def test_autoencoder_alone(family: str) -> None:
     # of others `convert` asks for the config
     assert families.detect(shapes, "file").tells_latents is (family == "flux2")
     config = None if family == "flux2" else {"vae": dict(network.config)}
-    for inputs in (file, {k: v for k, v in file.items() if k != BATCHES}):
-        result = read_whole(from_tensors(inputs), {}, "file", config)["vae"]
+    for tensors in (file, {k: v for k, v in file.items() if k != BATCHES}):
+        result = read_whole(from_tensors(tensors), {}, "file", config)["vae"]
         assert equal_tensors({k: v.load() for k, v in result.tensors.items()}, network.state_dict())
     if family == "flux2":
         assert all(

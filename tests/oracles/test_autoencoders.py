@@ -134,8 +134,8 @@ def test_the_nearest_code_by_counting() -> None:
     chosen = distances.gather(-1, indices[..., None])[..., 0]
     assert torch.allclose(chosen, distances.min(-1).values, rtol=0, atol=1e-5)
     assert (indices == distances.argmin(-1)).double().mean() > 0.999
-    options = torch.arange(300).reshape(1, 15, 20)
-    assert torch.equal(book.nearest(book.look_up(options)), options)
+    expected = torch.arange(300).reshape(1, 15, 20)
+    assert torch.equal(book.nearest(book.look_up(expected)), expected)
     with torch.no_grad():
         book.embedding.weight[7] = book.embedding.weight[200]
     assert book.nearest(book.look_up(torch.tensor([[[200]]]))).item() == 7

@@ -352,14 +352,14 @@ def test_training_is_torchs_own() -> None:
         ),
         (batch_invariant.Conv2d(6, 8, 1), nn.Conv2d(6, 8, 1), normal(1, 6, 5, 5)),
     ]
-    for actual, reference, x in pairs:
-        reference.load_state_dict(actual.state_dict())
-        a, b = actual(x), reference(x)
+    for layer, plain, x in pairs:
+        plain.load_state_dict(layer.state_dict())
+        a, b = layer(x), plain(x)
         a.square().sum().backward()
         b.square().sum().backward()
         assert torch.equal(a, b) and all(
             torch.equal(p.grad, q.grad)
-            for p, q in zip(actual.parameters(), reference.parameters(), strict=True)
+            for p, q in zip(layer.parameters(), plain.parameters(), strict=True)
         )
 
 

@@ -104,9 +104,9 @@ def test_conditions_between_two() -> None:
     ]  # pyright: ignore
     result = interpolate_conditioning(three[0], three[1], [0.0, 0.25, 1.0])
     for door in ("tokens", "vector"):
-        actual, first, last = (getattr(c, door) for c in (result, a, b))
-        assert torch.equal(actual[0], first[0]) and torch.equal(actual[2], last[0])
-        assert torch.allclose(actual[1], 0.75 * first[0] + 0.25 * last[0], atol=1e-6)
+        middle, first, last = (getattr(c, door) for c in (result, a, b))
+        assert torch.equal(middle[0], first[0]) and torch.equal(middle[2], last[0])
+        assert torch.allclose(middle[1], 0.75 * first[0] + 0.25 * last[0], atol=1e-6)
     same = interpolate_conditioning(a, a, [0.3])
     assert torch.equal(same.tokens, a.tokens) and torch.equal(same.vector, a.vector)  # pyright: ignore
 

@@ -362,13 +362,13 @@ def test_samples_from_a_function_and_the_order_of_samples() -> None:
         assert (n, batch, seed) == (40, 100, 0)
         return uniform(40, 3, 16, 16, seed=1)
 
-    inputs = report_parts()
-    assert report_parts(samples=make, n=40).to_json() == inputs.to_json()
+    expected = report_parts()
+    assert report_parts(samples=make, n=40).to_json() == expected.to_json()
     order = torch.randperm(40, generator=torch.Generator().manual_seed(5))
     moved = report_parts(
         samples=uniform(40, 3, 16, 16, seed=1)[order], labels=(torch.arange(40) % 8)[order]
     )
-    for metric in inputs.metrics:
+    for metric in expected.metrics:
         assert moved[metric.name].value == pytest.approx(metric.value, rel=1e-9), metric.name
 
 

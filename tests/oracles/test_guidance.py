@@ -129,8 +129,12 @@ def test_the_combination_does_not_depend_on_the_parameterization(
     """
     denoiser, x, conditioning, reference = setup(kind, name)
     t = 0.4
-    actual, peer = (denoiser.output(x, t, c).double() for c in (conditioning, reference))
-    expected = denoiser.process.split(x.double(), peer + weight * (actual - peer), t)
+    conditional, unconditional = (
+        denoiser.output(x, t, c).double() for c in (conditioning, reference)
+    )
+    expected = denoiser.process.split(
+        x.double(), unconditional + weight * (conditional - unconditional), t
+    )
     result = classifier_free(denoiser, reference, weight)(x, t, conditioning)
     size = 2e-6 * (1 + weight) * condition(denoiser.process, t)
     for a, b in ((result.x0, expected.x0), (result.eps, expected.eps)):
@@ -436,19 +440,21 @@ def test_zero_star_scales_the_reference_as_well_as_can_be(
     """
     inputs = predictions(point)
     result = join("zero_star", inputs, w, zero_steps=0)
-    actual, peer = (p.eps - p.x0 for p in inputs[2])
-    flat = [v.flatten(1) for v in (actual, peer)]
+    conditional, unconditional = (p.eps - p.x0 for p in inputs[2])
+    flat = [v.flatten(1) for v in (conditional, unconditional)]
     s = torch.stack(
         [
             torch.linalg.lstsq(b[:, None], a[:, None]).solution[0, 0]
             for a, b in zip(*flat, strict=True)
         ]
     )[:, None, None, None]
-    torch.testing.assert_close(result.eps - result.x0, (1 - w) * s * peer + w * actual)
-    left = (actual - s * peer).flatten(1)
+    torch.testing.assert_close(
+        result.eps - result.x0, (1 - w) * s * unconditional + w * conditional
+    )
+    left = (conditional - s * unconditional).flatten(1)
     assert torch.linalg.vecdot(left, flat[1]).abs().max() < 1e-10
     assert all(
-        (left.norm(dim=1) <= (actual - (s + d) * peer).flatten(1).norm(dim=1)).all()
+        (left.norm(dim=1) <= (conditional - (s + d) * unconditional).flatten(1).norm(dim=1)).all()
         for d in (-0.1, -1e-3, 1e-3, 0.1)
     )
 

@@ -130,9 +130,10 @@ def test_a_copy_shares_every_parameter_and_leaves_the_original_alone(
     before = {name: id(module) for name, module in denoiser.network.named_modules()}
     plain = denoiser(x, 0.5, cond)
     whom = weaker(reference, denoiser, cond)
-    actual = {id(p) for p in denoiser.network.parameters()}
+    parameters = {id(p) for p in denoiser.network.parameters()}
     assert (
-        all(id(p) in actual for p in whom.network.parameters()) and whom.process is denoiser.process
+        all(id(p) in parameters for p in whom.network.parameters())
+        and whom.process is denoiser.process
     )
     modules = {id(m) for m in denoiser.network.modules()}
     assert not any(id(m) in modules for m in whom.network.modules()), (

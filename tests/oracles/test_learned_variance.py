@@ -629,10 +629,10 @@ def test_a_recipe_trains_a_model_that_samples_with_it(
     assert torch.isfinite(z).all() and not torch.equal(
         z, model.generate("bag", seed=3, sampler="ddpm", output="latent")
     )
-    reference = diffusers.DDPMScheduler.from_pretrained(folder / "scheduler")
+    scheduler = diffusers.DDPMScheduler.from_pretrained(folder / "scheduler")
     assert (
-        reference.config["variance_type"] == "learned_range"
-        and reference.config["prediction_type"] == "v_prediction"
+        scheduler.config["variance_type"] == "learned_range"
+        and scheduler.config["prediction_type"] == "v_prediction"
     )
     with pytest.raises(UserError, match="expected variance=0 in the loss"):
         replace(recipe, schedule="flow", parameterization="flow").run(tmp_path / "flow")

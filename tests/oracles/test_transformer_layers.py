@@ -92,11 +92,11 @@ def test_modulation_begins_where_its_weights_say() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rms_norm_is_torchs(dtype: torch.dtype) -> None:
-    actual, x = RMSNorm(16, eps=1e-5), (3 * normal(4, 7, 16)).to(dtype)
+    norm, x = RMSNorm(16, eps=1e-5), (3 * normal(4, 7, 16)).to(dtype)
     with torch.no_grad():
-        actual.weight.copy_(normal(16, seed=1))
-    expected = F.rms_norm(x.double(), (16,), actual.weight.double(), 1e-5)
-    error = (actual.to(dtype)(x).double() - expected).norm() / expected.norm()
+        norm.weight.copy_(normal(16, seed=1))
+    expected = F.rms_norm(x.double(), (16,), norm.weight.double(), 1e-5)
+    error = (norm.to(dtype)(x).double() - expected).norm() / expected.norm()
     assert float(error) < (1e-6 if dtype == torch.float32 else 6e-3)
 
 
@@ -154,11 +154,11 @@ def test_attention_in_blocks_is_attention(width: int, count: int, masked: bool) 
         exact = batch_invariant.attend(q.double(), k.double(), v.double(), mask)
         with torch.inference_mode():
             assert cpu_attention.fits(q, k)
-            actual = batch_invariant.onednn()
+            onednn = batch_invariant.onednn()
             result = (
                 None
-                if actual is None or not actual._is_mkldnn_bf16_supported()
-                else cpu_attention.attend(q, k, v, mask, actual)
+                if onednn is None or not onednn._is_mkldnn_bf16_supported()
+                else cpu_attention.attend(q, k, v, mask, onednn)
             )
             used = batch_invariant.attend(q, k, v, mask)
         bits = mask is None and F.scaled_dot_product_attention(

@@ -103,24 +103,22 @@ def test_the_known_region_is_z_with_the_right_noise_at_every_level_and_z_at_the_
         ),
         evaluate_calls,
     )
-    available, tolerance = mask.bool().expand_as(z), 1e-8
+    inside, tolerance = mask.bool().expand_as(z), 1e-8
     for step in steps:
         alpha, sigma = chosen.point(step.t)
         if not traits_of(SAMPLERS[name]).noise:
-            assert ((step.x - alpha * z - sigma * first)[available]).abs().max() < tolerance * (
+            assert ((step.x - alpha * z - sigma * first)[inside]).abs().max() < tolerance * (
                 alpha + sigma
             )
         else:
-            noise = ((step.x - alpha * z) / sigma)[available]
+            noise = ((step.x - alpha * z) / sigma)[inside]
             assert abs(float(noise.mean())) < 5.5 / math.sqrt(len(noise))
             assert abs(float(noise.var()) - 1) < 5.5 * math.sqrt(2 / len(noise))
-        assert torch.equal(step.prediction.x0[available], z[available])
-    assert ((result - z)[available]).abs().max() < (1e-3 if name == "lcm" else tolerance)
+        assert torch.equal(step.prediction.x0[inside], z[inside])
+    assert ((result - z)[inside]).abs().max() < (1e-3 if name == "lcm" else tolerance)
     whole = finish(result, z, mask)
-    assert torch.equal(whole[available], z[available]) and torch.equal(
-        whole[~available], result[~available]
-    )
-    assert (result - z)[~available].abs().max() > 0.1
+    assert torch.equal(whole[inside], z[inside]) and torch.equal(whole[~inside], result[~inside])
+    assert (result - z)[~inside].abs().max() > 0.1
 
 
 def test_an_empty_known_region_changes_no_start_and_a_full_one_ends_at_z() -> None:
@@ -246,12 +244,12 @@ def test_noise_on_the_way_brings_it_nearer(
         normal(20_000, 1, 1, 2, dtype=torch.float64),
         normal(20_000, 1, 1, 2, seed=1, dtype=torch.float64),
     )
-    available, result = inpainted(rho, z, noise, sampler, 100, "cosine")[:, 0, 0].T
-    measured = float((available * result).mean() / available.square().mean())
+    exact, result = inpainted(rho, z, noise, sampler, 100, "cosine")[:, 0, 0].T
+    measured = float((exact * result).mean() / exact.square().mean())
     assert abs(measured - slope) < 0.02 + 4 / math.sqrt(20_000)
-    assert abs(
-        float((result - measured * available).var()) - spread
-    ) < 0.02 + 4 * spread * math.sqrt(2 / 20_000)
+    assert abs(float((result - measured * exact).var()) - spread) < 0.02 + 4 * spread * math.sqrt(
+        2 / 20_000
+    )
 
 
 @pytest.mark.parametrize(
@@ -781,8 +779,8 @@ def test_they_stack() -> None:
         )
 
     steps: list[Step] = []
-    result, available = run([0, 1], [0, 1], steps), mask.bool().expand(2, 2, -1, -1)
-    assert len(steps) == 6 and torch.equal(result[available], z.expand(2, -1, -1, -1)[available])
-    assert (result - z)[~available].abs().max() > 0.1
+    result, inside = run([0, 1], [0, 1], steps), mask.bool().expand(2, 2, -1, -1)
+    assert len(steps) == 6 and torch.equal(result[inside], z.expand(2, -1, -1, -1)[inside])
+    assert (result - z)[~inside].abs().max() > 0.1
     for k in range(2):
         assert same(run([k], [k], []), result[k : k + 1])
