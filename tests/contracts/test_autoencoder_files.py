@@ -106,7 +106,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize(
     ("name", "values", "words"), REFUSED, ids=[f"{n}-{v}" for n, v, _ in REFUSED]
 )
-def test_fields_we_would_not_honour_are_refused(
+def test_unsupported_fields_are_refused(
     tmp_path: Path, name: str, values: dict[str, Any], words: str
 ) -> None:
     save_part(tmp_path, MODELS[name]())

@@ -292,7 +292,7 @@ def test_weights_that_are_not_finite_are_not_written(
     assert not list((tmp_path / "half").rglob("*.safetensors"))
 
 
-def test_identity_tells_models_apart(
+def test_identities_of_models_differ(
     opened: dict[str, ClipText], folders: dict[str, Path], tmp_path: Path
 ) -> None:
     result = {json.dumps(c.identity(), sort_keys=True) for c in opened.values()}

@@ -165,7 +165,7 @@ def test_conditions_join_the_null_condition_for_guidance(name: str) -> None:
 
 
 @every
-def test_a_prompt_it_does_not_know_is_refused_in_one_sentence(name: str) -> None:
+def test_unknown_prompts_are_refused_in_one_sentence(name: str) -> None:
     """There is never a silent fallback to the null condition.
 
     A text encoder takes every prompt and raises nothing here.
@@ -294,7 +294,7 @@ def test_a_call_checks_first(name: str) -> None:
 
 
 @every
-def test_it_says_its_widths(name: str) -> None:
+def test_widths(name: str) -> None:
     """`width` and `vector_width` are those of what it makes, by which `load` compares a
     network's.
     """

@@ -211,7 +211,7 @@ def test_one_tensor_of_a_single_file_is_wrong(part: str, single: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["unet.", "vae."])
-def test_one_tensor_of_a_single_file_in_our_own_layout_is_wrong(
+def test_one_tensor_of_a_single_file_in_sfumatos_layout_is_wrong(
     part: str, tiny: Path, tmp_path: Path
 ) -> None:
     dice, file = random.Random(part), tmp_path / "own.safetensors"
@@ -452,7 +452,7 @@ def test_notes_of_a_single_file_of_any_kind(note: str, single: Path) -> None:
         "x" * 300 + ".json",
     ],
 )
-def test_names_in_a_file_of_our_own_layout(name: str, tiny: Path, tmp_path: Path) -> None:
+def test_names_in_a_file_of_sfumatos_layout(name: str, tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.safetensors"
     sfumato.load(tiny).save(file)
     with safe_open(file, "pt") as opened:

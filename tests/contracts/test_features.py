@@ -154,7 +154,7 @@ def test_classifier_averages_colours_and_resizes(tmp_path: Path) -> None:
     assert network.prepare(doubled).shape == (2, 1, 28, 28)
 
 
-def test_shipped_classifier_is_small_and_says_how_good_it_is() -> None:
+def test_shipped_classifier_is_small_and_states_its_accuracy() -> None:
     shipped(SHIPPED)
     network, _ = load(SHIPPED)
     assert (SHIPPED / "model.safetensors").stat().st_size < 700_000

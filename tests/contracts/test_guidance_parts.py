@@ -105,7 +105,7 @@ def test_the_folders_are_the_registry() -> None:
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_a_part_is_a_frozen_dataclass_that_says_whose_it_is(name: str) -> None:
+def test_a_part_is_a_frozen_dataclass_that_cites_its_source(name: str) -> None:
     part = PARTS[name]
     assert is_dataclass(part) and part.__dataclass_params__.frozen  # type: ignore[attr-defined]
     built = part()
@@ -227,7 +227,7 @@ def test_a_combine_keeps_shape_and_dtype_and_is_finite(
 
 @every_rule
 @everywhere
-def test_a_pair_adds_up_to_x_or_the_combine_says_that_it_does_not(
+def test_a_pair_adds_up_to_x_exactly_if_the_rule_is_consistent(
     rule: Any, point: tuple[float, float]
 ) -> None:
     """In float64, a rule is consistent exactly if its trait is set.

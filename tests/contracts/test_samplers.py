@@ -142,7 +142,9 @@ def test_a_sampler_is_a_generator_function_of_x_times_schedule_and_noise(name: s
 @every
 @everywhere
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_it_asks_where_it_should_and_as_often_as_it_says(name: str, kind: str, steps: int) -> None:
+def test_the_network_is_evaluated_at_the_times_as_often_as_calls_counts(
+    name: str, kind: str, steps: int
+) -> None:
     """The network is evaluated first at the first time, and at each time of the list.
 
     No time is 0 or below, or above 1; `calls` counts the evaluations without a network.
@@ -240,7 +242,7 @@ def test_samples_have_the_mean_and_variance_of_the_data(name: str, kind: str) ->
 
 
 @every
-def test_noise_is_drawn_where_the_traits_say_so(name: str) -> None:
+def test_noise_is_drawn_by_the_traits(name: str) -> None:
     chosen, drawn = KINDS["flow"], []
 
     def draw() -> Tensor:

@@ -285,7 +285,7 @@ def test_a_config_with_any_value_opens_or_is_refused(
         assert torch.isfinite(result.tokens).all()
 
 
-def test_a_config_that_asks_for_tuples_and_all_states_is_the_same_encoder(
+def test_a_config_with_tuples_and_all_states_is_the_same_encoder(
     folder: Path, opened: SentenceText, tmp_path: Path
 ) -> None:
     place = Path(shutil.copytree(folder, tmp_path / "encoder"))

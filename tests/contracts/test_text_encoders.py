@@ -464,7 +464,7 @@ def test_prompts_that_are_not_a_list_of_texts_are_refused(
         opened[kind](prompts)
 
 
-def test_second_prompts_that_nobody_reads_are_refused(opened: dict[str, Any]) -> None:
+def test_unused_second_prompts_are_refused(opened: dict[str, Any]) -> None:
     for kind in ("pixart_alpha", "flux2_dev"):
         with pytest.raises(
             UserError, match="1 prompts for a second text encoder: this model has one"
@@ -720,7 +720,7 @@ def test_older_programs_find_the_base_of_positions(
     )
 
 
-def test_states_beyond_the_type_are_an_error_that_says_so(folders: dict[str, Path]) -> None:
+def test_states_beyond_the_dtype_are_an_error(folders: dict[str, Path]) -> None:
     result = named("pixart").from_folder(folders["pixart_alpha"], torch.float16)
     # finite; twice that is not
     result.encoder.model.encoder.final_layer_norm.weight.data.fill_(60000)
@@ -756,7 +756,7 @@ def test_weights_that_are_not_finite_are_not_written(
     assert not list((tmp_path / "half").rglob("*.safetensors"))
 
 
-def test_identity_tells_models_apart(
+def test_identities_of_models_differ(
     folders: dict[str, Path], opened: dict[str, Any], tmp_path: Path
 ) -> None:
     assert len({json.dumps(c.identity(), sort_keys=True) for c in opened.values()}) == len(opened)

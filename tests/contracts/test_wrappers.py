@@ -59,7 +59,7 @@ def test_the_folder_is_the_registry() -> None:
 
 
 @every
-def test_a_wrapper_is_a_function_from_ask_to_ask_that_says_whose_it_is(name: str) -> None:
+def test_a_wrapper_is_a_function_of_denoisers_that_cites_its_source(name: str) -> None:
     inside = inspect.unwrap(WRAPPERS[name])
     assert inspect.isfunction(inside) and inside.__name__ == name and inside.__doc__
     assert next(iter(inspect.signature(inside).parameters)) == "denoise"
@@ -80,7 +80,7 @@ def test_a_wrapper_is_a_function_from_ask_to_ask_that_says_whose_it_is(name: str
 @every
 @pytest.mark.parametrize("sampler", ["ddim", "heun", "ddpm"])
 @torch.inference_mode()
-def test_off_it_changes_no_bit_and_asks_the_same(name: str, sampler: str) -> None:
+def test_off_it_changes_no_bit_and_no_call(name: str, sampler: str) -> None:
     x, prompts = torch.zeros(2, *SHAPE), ["bag", "ankle boot"]
     seen: list[tuple[list[int], list[Step], Tensor]] = []
     for ask in (guided(prompts), off(name, guided(prompts), x)):

@@ -467,7 +467,7 @@ def test_pickles_are_never_opened(folder: Path, tmp_path: Path, name: str) -> No
     assert marker.exists(), "the trap works"
 
 
-def test_a_pickle_of_tensors_that_wants_more_is_refused_too(folder: Path, tmp_path: Path) -> None:
+def test_a_pickle_of_tensors_with_code_is_refused_too(folder: Path, tmp_path: Path) -> None:
     """As torch writes them, in its zip format: with tensors alone it opens, with one trap among
     them nothing of it is used.
     """

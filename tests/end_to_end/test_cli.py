@@ -400,7 +400,7 @@ def test_arguments_that_do_not_parse_exit_with_2(
     assert err and "Traceback" not in err and out == ""
 
 
-def test_the_traceback_is_there_for_those_who_ask(
+def test_the_traceback_is_printed_on_request(
     stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SFUMATO_DEBUG", "1")

@@ -427,7 +427,7 @@ def test_evaluate_opens_no_more_pictures_than_its_limit(tiny: Path, data: Path) 
         _images(model, Evaluate(str(tiny), str(data)))
 
 
-def test_evaluate_knows_a_model_that_learnt_by_heart(
+def test_evaluate_detects_memorisation(
     tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that answers seed k with training image k: no distance, everything covered, all of it

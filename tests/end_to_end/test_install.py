@@ -168,7 +168,7 @@ def test_the_installed_command_is_the_wheels_own(installed: Path, tmp_path: Path
     assert "generate" in run(installed / "sfumato", "--help", cwd=tmp_path).stdout
 
 
-def test_the_runtime_asks_for_no_extra(installed: Path, tmp_path: Path) -> None:
+def test_the_runtime_needs_no_extra(installed: Path, tmp_path: Path) -> None:
     """Every library that `generate` loads is one of the eight that the wheel names, or comes with
     them.
     """

@@ -502,7 +502,7 @@ def test_published_configs(name: str) -> None:
     assert config.from_dict(json.loads(json.dumps(autoencoder.to_config()))) == autoencoder.config
 
 
-def test_statistics_are_read_as_they_were_written() -> None:
+def test_statistics_round_trip_through_files() -> None:
     """diffusers' SDXL pipeline takes raw = z latents_std / scaling_factor + latents_mean."""
     autoencoder = AutoencoderKL(
         KLConfig(

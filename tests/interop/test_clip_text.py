@@ -141,7 +141,7 @@ def test_two_encoders_and_the_refiner(
 
 
 @pytest.mark.parametrize("kind", [*BOTH, "refiner"])
-def test_no_prompt_is_zeros_where_the_model_says_so_and_an_empty_prompt_is_text(
+def test_no_prompt_is_zeros_by_the_models_config_and_an_empty_prompt_is_text(
     kind: str, conditioners: dict[str, ClipText]
 ) -> None:
     for negative, prompt in ((None, None), ("", "")):

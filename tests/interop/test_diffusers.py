@@ -425,7 +425,7 @@ def defaults_of(config: type) -> dict[str, Any]:
     return {f.name: f.default for f in fields(config) if f.default is not MISSING}
 
 
-def test_we_know_every_field_of_their_configs_with_its_default() -> None:
+def test_every_field_of_diffusers_configs_is_listed_with_its_default() -> None:
     peer = {
         k: p.default
         for k, p in inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters.items()
@@ -478,7 +478,7 @@ def change_config(folder: Path, **values: Any) -> None:
         ("norm_num_groups", 0, "value of the wrong kind"),
     ],
 )
-def test_fields_we_would_not_honour_are_refused(
+def test_unsupported_unet_fields_are_refused(
     tmp_path: Path, field: str, value: Any, words: str
 ) -> None:
     folder = saved_unet(tmp_path)
@@ -507,7 +507,7 @@ def test_fields_we_would_not_honour_are_refused(
         ({"_class_name": "AutoencoderTiny"}, "of class 'AutoencoderTiny'"),
     ],
 )
-def test_autoencoder_fields_we_would_not_honour_are_refused(
+def test_unsupported_autoencoder_fields_are_refused(
     tmp_path: Path, values: dict[str, Any], words: str
 ) -> None:
     save_part(tmp_path, AutoencoderKL(KLConfig(**(SMALL | AUTOENCODERS["statistics"]))))
@@ -611,9 +611,7 @@ FLOW, TABLE = "FlowMatchEulerDiscreteScheduler", "DDIMScheduler"
         (FLOW, {"beta_start": 0.1}, "beta_start=0.1 is not known"),
     ],
 )
-def test_schedulers_we_would_not_honour_are_refused(
-    name: str, values: dict[str, Any], words: str
-) -> None:
+def test_unsupported_schedulers_are_refused(name: str, values: dict[str, Any], words: str) -> None:
     good = {"clip_sample": False} if name != FLOW else {}
     if name != "IPNDMScheduler":
         from_scheduler_config({"_class_name": name, **good})

@@ -147,7 +147,7 @@ def test_the_written_config_equals_diffusers(spacing: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "karras", "log_snr"])
-def test_times_that_they_do_not_have_leave_the_variance(spacing: str) -> None:
+def test_other_times_leave_the_variance(spacing: str) -> None:
     process = read_scheduler(LEARNED).process
     written = write_scheduler(process, "ddpm:variance=learned", spacing)
     read = read_scheduler(written)

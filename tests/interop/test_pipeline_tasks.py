@@ -247,7 +247,7 @@ def test_each_encoder_reads_its_own_prompt(folders: dict[str, Path]) -> None:
     assert_same_images(model.run(request, output="tensor"), as_tensor(pictures.images))
 
 
-def test_second_prompts_that_nobody_reads(folders: dict[str, Path]) -> None:
+def test_unused_second_prompts(folders: dict[str, Path]) -> None:
     for family, options, message in (
         ("SD 1", {"prompt_2": "a dog"}, "this model has no second text encoder to read it"),
         ("refiner", {"prompt_2": "a dog"}, "this model has no second text encoder to read it"),

@@ -141,7 +141,7 @@ def test_runs_without_a_word_about_samplers(family: str, tmp_path: Path) -> None
         )
 
 
-def test_a_model_tells_its_parts(folders: dict[str, Path]) -> None:
+def test_a_model_describes_its_parts(folders: dict[str, Path]) -> None:
     parts = load(folders["SDXL"]).describe()["parts"]
     assert [*parts] == ["autoencoder", "denoiser", "text_encoder", "text_encoder_2"]
     assert (
@@ -281,7 +281,7 @@ def test_enlarging(folders: dict[str, Path], tmp_path: Path) -> None:
         upscale(load(folders["SD 1"]), image * 2 - 1)
 
 
-def test_networks_that_want_more_say_so(folders: dict[str, Path]) -> None:
+def test_networks_that_need_more_inputs_name_them(folders: dict[str, Path]) -> None:
     with pytest.raises(
         UserError, match=r"takes 9 channels and was given 4.*need the task that gives it"
     ):

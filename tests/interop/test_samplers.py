@@ -568,7 +568,7 @@ def test_tables(case: Case, kind: str, prediction: str, double: Callable[[str], 
     if case.again:
         reference, reference_timesteps = [*reference[:-2], reference[-1]], reference_timesteps[:-1]
     process = Process(chosen, parameterization(PREDICTIONS[prediction]))
-    actual, heard = sfumato_run(
+    actual, evaluated = sfumato_run(
         case.sampler,
         process,
         times,
@@ -576,7 +576,7 @@ def test_tables(case: Case, kind: str, prediction: str, double: Callable[[str], 
         reference_timesteps if case.whole_timesteps else None,
         **case.options,
     )
-    np.testing.assert_allclose(heard, reference_timesteps, atol=1e-6)
+    np.testing.assert_allclose(evaluated, reference_timesteps, atol=1e-6)
     assert difference(actual, reference) < 1e-9
 
 
@@ -662,10 +662,10 @@ def test_zero_terminal_snr(
         reference, reference_timesteps = diffusers_run(
             zero_snr(name, double, prediction, kind), start
         )
-        actual, heard = sfumato_run(
+        actual, evaluated = sfumato_run(
             sampler, Process(chosen, parameterization(PREDICTIONS[prediction])), times, start
         )
-        np.testing.assert_allclose(heard, reference_timesteps, atol=1e-6)
+        np.testing.assert_allclose(evaluated, reference_timesteps, atol=1e-6)
         assert difference(actual, reference) < 1e-9
 
 
@@ -697,10 +697,10 @@ def test_nearly_zero_terminal_snr(
         scheduler, start / same.point(1.0)[0] if scaled else start
     )
     times = timesteps("trailing", 10, same)
-    actual, heard = sfumato_run(
+    actual, evaluated = sfumato_run(
         sampler, Process(same, parameterization("v")), times, start, **options
     )
-    np.testing.assert_allclose(heard, reference_timesteps, atol=1e-6)
+    np.testing.assert_allclose(evaluated, reference_timesteps, atol=1e-6)
     assert difference(actual, reference) < 1e-9
     smooth = ZeroTerminalSNR(TABLES["scaled_linear"][1], last=2**-24)
     other, _ = sfumato_run(sampler, Process(smooth, parameterization("v")), times, start, **options)
@@ -727,10 +727,10 @@ def test_inversion(clean: bool, offset: int, double: Callable[[str], Any]) -> No
         times.append(at(0))
     else:  # diffusers begins with a step of no length
         reference, reference_timesteps = reference[1:], reference_timesteps[1:]
-    actual, heard = sfumato_run(
+    actual, evaluated = sfumato_run(
         ddim_inversion, Process(chosen, parameterization("eps")), times, start
     )
-    np.testing.assert_allclose(heard, reference_timesteps, atol=1e-6)
+    np.testing.assert_allclose(evaluated, reference_timesteps, atol=1e-6)
     assert difference(actual, reference) < 1e-9
 
 
@@ -789,13 +789,13 @@ def test_flow_euler(stochastic: bool, name: str, double: Callable[[str], Any]) -
     scheduler.set_timesteps(10, **spacing_options)
     start = next(noise_draws(9))
     reference, reference_timesteps = flow_run(scheduler, start)
-    actual, heard = sfumato_run(
+    actual, evaluated = sfumato_run(
         consistency if stochastic else euler,
         FLOW,
         timesteps(spacing, 10, FLOW.schedule, **space),
         start,
     )
-    np.testing.assert_allclose(heard, reference_timesteps, atol=1e-6)
+    np.testing.assert_allclose(evaluated, reference_timesteps, atol=1e-6)
     assert difference(actual, reference) < 1e-9
 
 
@@ -811,10 +811,10 @@ def test_flow_heun(shift: float, double: Callable[[str], Any]) -> None:
     scheduler.set_timesteps(8)
     start = next(noise_draws(9))
     reference, reference_timesteps = flow_run(scheduler, start)
-    actual, heard = sfumato_run(
+    actual, evaluated = sfumato_run(
         heun, FLOW, timesteps("shifted", 8, FLOW.schedule, shift=shift, end=twice(shift)), start
     )
-    np.testing.assert_allclose(heard, reference_timesteps, atol=1e-6)
+    np.testing.assert_allclose(evaluated, reference_timesteps, atol=1e-6)
     assert difference(actual, reference) < 1e-9
 
 
@@ -895,11 +895,11 @@ def test_edm(
     scheduler.set_timesteps(10)
     start = 80 * next(noise_draws(9))
     reference, reference_timesteps = diffusers_run(scheduler, start)
-    mine, heard = sfumato_run(
+    latents, evaluated = sfumato_run(
         sampler, process, timesteps(kind, 10, process.schedule), start, **options
     )
-    np.testing.assert_allclose(heard, reference_timesteps, atol=1e-6)
-    assert difference(mine, reference) < 1e-9
+    np.testing.assert_allclose(evaluated, reference_timesteps, atol=1e-6)
+    assert difference(latents, reference) < 1e-9
 
 
 def test_score_sde_ve(double: Callable[[str], Any]) -> None:
@@ -1302,15 +1302,15 @@ def test_diffusers_unipc_is_not_finite_at_zero(
     scheduler.set_timesteps(10)
     start = next(noise_draws(9))
     reference, _ = diffusers_run(scheduler, start)
-    mine, _ = sfumato_run(
+    latents, _ = sfumato_run(
         unipc,
         Process(SCALED, parameterization("eps")),
         timesteps("trailing", 10, SCALED),
         start,
         **options,
     )
-    assert difference(mine[:-1], reference[:-1]) < 1e-9
-    assert not bool(reference[-1].isfinite().any()) and bool(mine[-1].isfinite().all())
+    assert difference(latents[:-1], reference[:-1]) < 1e-9
+    assert not bool(reference[-1].isfinite().any()) and bool(latents[-1].isfinite().all())
 
 
 def test_diffusers_third_order_singlestep(double: Callable[[str], Any]) -> None:

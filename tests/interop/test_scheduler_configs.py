@@ -714,7 +714,7 @@ def test_dynamic_shifts_come_back(dynamic: DynamicShift) -> None:
 # ---- words and refusals --------------------------------------------------------------------------
 
 
-def test_we_know_every_field_of_their_classes_with_its_default() -> None:
+def test_every_field_of_diffusers_classes_is_listed_with_its_default() -> None:
     """A field or a default that diffusers changes fails here."""
     for name, actual in CLASSES.items():
         reference = {
@@ -925,7 +925,9 @@ def test_both_ways_for_processes_alone() -> None:
         )
 
 
-def test_a_flow_trained_here_runs_there_with_our_defaults(double: Callable[[str], Any]) -> None:
+def test_a_flow_trained_in_sfumato_runs_in_diffusers_with_its_defaults(
+    double: Callable[[str], Any],
+) -> None:
     """ddim in even times is DPM-Solver++ of order 1 over flow sigmas, but for its first 0.001;
     FlowMatchEuler would end elsewhere.
     """

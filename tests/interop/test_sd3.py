@@ -121,8 +121,8 @@ def diffusers_inputs(cond: Conditioning, t: Tensor) -> dict[str, Any]:
 
 def same(network: Any, peer: Any) -> None:
     """Equal keys and shapes, and answers at several sizes and aspects."""
-    mine, others = ({k: v.shape for k, v in n.state_dict().items()} for n in (network, peer))
-    assert mine == others
+    shapes, peer_shapes = ({k: v.shape for k, v in n.state_dict().items()} for n in (network, peer))
+    assert shapes == peer_shapes
     for size in SIZES[network.patch]:
         x, t, cond = inputs(network, size)
         assert_close(network(x, t, cond), peer(x, **diffusers_inputs(cond, t)).sample)
@@ -379,14 +379,14 @@ def test_parts_of_a_block_are_left_out() -> None:
         network = network_of("SD 3.5 medium")
         denoiser, (x, _, cond) = denoiser_of(network), inputs(network, (8, 8))
         (reference,) = Guidance.parse(f"2 skip_layers:layers={layer}").parts()[2]
-        whom, _ = reference.pair(denoiser, cond, cond, None)
-        assert (whom(x, 0.5, cond).x0 - denoiser(x, 0.5, cond).x0).abs().max() > 1e-5
+        weak, _ = reference.pair(denoiser, cond, cond, None)
+        assert (weak(x, 0.5, cond).x0 - denoiser(x, 0.5, cond).x0).abs().max() > 1e-5
         for name in last:
             for parameter in network.get_submodule(
                 layer.rpartition(".")[0] + "." + name
             ).parameters():
                 parameter.zero_()
-        torch.testing.assert_close(whom(x, 0.5, cond).x0, denoiser(x, 0.5, cond).x0)
+        torch.testing.assert_close(weak(x, 0.5, cond).x0, denoiser(x, 0.5, cond).x0)
 
 
 @torch.inference_mode()

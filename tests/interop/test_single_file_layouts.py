@@ -464,9 +464,9 @@ def test_json_configs(tmp_path: Path) -> None:
 def test_running_averages_are_read_on_request_only() -> None:
     _, parts = build("sd1")
     tensors = single.join(parts)
-    mine = [k for k in tensors if k.startswith("model.diffusion_model.")]
+    keys = [k for k in tensors if k.startswith("model.diffusion_model.")]
     averaged = {
-        "model_ema." + k.removeprefix("model.").replace(".", ""): tensors[k] + 1 for k in mine
+        "model_ema." + k.removeprefix("model.").replace(".", ""): tensors[k] + 1 for k in keys
     }
     file = (
         tensors

@@ -95,21 +95,26 @@ def diffusers_conditioning(
     with torch.no_grad():
         if kind.startswith("pixart"):
             length = 120 if kind == "pixart_alpha" else 300
-            say = {"negative_prompt": prompts} if negative else {}
+            negatives = {"negative_prompt": prompts} if negative else {}
             result = pipe.encode_prompt(
                 ["a"] * len(prompts) if negative else prompts,
                 negative,
                 device="cpu",
                 max_sequence_length=length,
-                **say,
+                **negatives,
             )
             tokens, mask = result[2:4] if negative else result[:2]
             return Conditioning(tokens, mask.bool())
         if kind.startswith("sd3"):
-            say = {"negative_prompt": prompts} if negative else {}
+            negatives = {"negative_prompt": prompts} if negative else {}
             first = ["a"] * len(prompts) if negative else prompts
             tokens, no_tokens, pooled, no_pooled = pipe.encode_prompt(
-                first, second, second, device="cpu", do_classifier_free_guidance=negative, **say
+                first,
+                second,
+                second,
+                device="cpu",
+                do_classifier_free_guidance=negative,
+                **negatives,
             )
             return (
                 Conditioning(no_tokens, vector=no_pooled)

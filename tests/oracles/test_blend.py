@@ -70,7 +70,7 @@ def test_the_arc_between_exact_vectors() -> None:
     )
 
 
-def test_every_draw_is_blended_and_no_image_knows_its_neighbours() -> None:
+def test_every_draw_is_blended_and_no_image_depends_on_its_neighbours() -> None:
     def source(first: list[int], second: list[int], shares: list[float]) -> SlerpNoise:
         return SlerpNoise(SeededNoise(SHAPE, first), SeededNoise(SHAPE, second), shares)
 

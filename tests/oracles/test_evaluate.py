@@ -199,7 +199,7 @@ def test_nearest_against_cdist_and_exact_for_duplicates() -> None:
 # Memorisation
 
 
-def test_memorisation_tells_copies_from_fresh_draws() -> None:
+def test_memorisation_distinguishes_copies_from_fresh_draws() -> None:
     train, held_out = noise(2000, 6), noise(1000, 6, seed=1)
     honest = memorisation(noise(1000, 6, seed=2), train, held_out)
     assert honest.ratio == pytest.approx(1, abs=0.06) and honest.closer_share < 0.03

@@ -93,7 +93,7 @@ FLUX = {
 FLUX |= {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 
 
-def test_the_word_of_a_dynamic_shift_says_it_all() -> None:
+def test_the_spec_of_a_dynamic_shift_is_complete() -> None:
     recipe = read_scheduler(FLUX, even=True)
     assert recipe.dynamic is not None and recipe.default_spacing == recipe.dynamic.spec == "dynamic"
     other = DynamicShift((100, 0.4), (900, 0.9), False, False, 0.1)
@@ -201,7 +201,7 @@ def test_distilled_guidance_reaches_the_network(
     assert model.settings(**requested)["distilled_guidance"] == heard
 
 
-def test_a_models_own_strength_is_its_default_and_predict_tells_it() -> None:
+def test_a_models_own_strength_is_its_default_and_predict_passes_it() -> None:
     model, network = echo_model(distilled_guidance=30.0)
     model.predict(torch.zeros(1, 2, 8, 8), 0.5, "bag")
     assert network.heard == [30.0]

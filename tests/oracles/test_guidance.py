@@ -170,7 +170,7 @@ def test_the_combination_is_linear_in_its_weight(weight: float, seed: int) -> No
     assert torch.allclose(same.x0, at[1].x0, atol=1e-5 * (1 + weight))
 
 
-def test_guidance_sharpens_a_gaussian_as_its_formula_says() -> None:
+def test_guidance_sharpens_a_gaussian_by_its_formula() -> None:
     """Classes N(m, 1) and N(-m, 1), both equally likely: at w the score is that of p(x) p(c | x)^w
     (Ho & Salimans 2022, section 3.2).
     """

@@ -69,9 +69,9 @@ def setup(kind: str, seed: int = 0, **more: Any) -> tuple[Denoiser, Tensor, Cond
 
 
 def weaker(reference: Any, denoiser: Denoiser, cond: Conditioning) -> Denoiser:
-    whom, same = reference.pair(denoiser, cond, Conditioning(), None)
+    weak, same = reference.pair(denoiser, cond, Conditioning(), None)
     assert same is cond  # the same condition: the network itself is weaker
-    return whom
+    return weak
 
 
 @every
@@ -83,8 +83,8 @@ def test_perturbed_attention_is_attention_by_the_identity(
     softmax(...) V is V.
     """
     denoiser, x, cond = setup(kind)
-    whom = weaker(PerturbedAttention(tuple(ATTENTION[kind])), denoiser, cond)
-    result, plain = whom(x, 0.5, cond), denoiser(x, 0.5, cond)
+    weak = weaker(PerturbedAttention(tuple(ATTENTION[kind])), denoiser, cond)
+    result, plain = weak(x, 0.5, cond), denoiser(x, 0.5, cond)
     assert (result.x0 - plain.x0).abs().max() > 1e-3
 
     def identity(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
@@ -97,7 +97,7 @@ def test_perturbed_attention_is_attention_by_the_identity(
     monkeypatch.setattr(sfumato.kernels.batch_invariant.F, "scaled_dot_product_attention", identity)
     forced = denoiser(x, 0.5, cond)
     torch.testing.assert_close(result.x0, forced.x0, rtol=1e-5, atol=1e-5)
-    again = whom(x, 0.5, cond)
+    again = weak(x, 0.5, cond)
     # where maps are the identity it changes nothing
     torch.testing.assert_close(again.x0, forced.x0, rtol=1e-5, atol=1e-5)
 
@@ -129,22 +129,22 @@ def test_a_copy_shares_every_parameter_and_leaves_the_original_alone(
     denoiser, x, cond = setup(kind)
     before = {name: id(module) for name, module in denoiser.network.named_modules()}
     plain = denoiser(x, 0.5, cond)
-    whom = weaker(reference, denoiser, cond)
+    weak = weaker(reference, denoiser, cond)
     parameters = {id(p) for p in denoiser.network.parameters()}
     assert (
-        all(id(p) in parameters for p in whom.network.parameters())
-        and whom.process is denoiser.process
+        all(id(p) in parameters for p in weak.network.parameters())
+        and weak.process is denoiser.process
     )
     modules = {id(m) for m in denoiser.network.modules()}
-    assert not any(id(m) in modules for m in whom.network.modules()), (
+    assert not any(id(m) in modules for m in weak.network.modules()), (
         "modules are its own: replacing one must not reach the original"
     )
     assert before == {name: id(module) for name, module in denoiser.network.named_modules()}
     assert torch.equal(denoiser(x, 0.5, cond).x0, plain.x0)
-    first = whom(x, 0.5, cond).x0
+    first = weak(x, 0.5, cond).x0
     with torch.no_grad():
         denoiser.network.conv_out.weight.mul_(1.5)
-    assert not torch.allclose(whom(x, 0.5, cond).x0, first), "it follows the weights"
+    assert not torch.allclose(weak(x, 0.5, cond).x0, first), "it follows the weights"
 
 
 @torch.inference_mode()
@@ -167,17 +167,17 @@ def test_skipped_layers_add_nothing() -> None:
     }
     for layer, last in silent.items():
         denoiser, x, cond = setup("cross")
-        whom = weaker(SkipLayers((layer,)), denoiser, cond)
-        assert (whom(x, 0.5, cond).x0 - denoiser(x, 0.5, cond).x0).abs().max() > 1e-5
+        weak = weaker(SkipLayers((layer,)), denoiser, cond)
+        assert (weak(x, 0.5, cond).x0 - denoiser(x, 0.5, cond).x0).abs().max() > 1e-5
         for name in last:
             for parameter in denoiser.network.get_submodule(f"{layer}.{name}").parameters():
                 parameter.zero_()
-        torch.testing.assert_close(whom(x, 0.5, cond).x0, denoiser(x, 0.5, cond).x0)
+        torch.testing.assert_close(weak(x, 0.5, cond).x0, denoiser(x, 0.5, cond).x0)
     denoiser, x, cond = setup("self")
-    whom = weaker(SkipLayers(("down_blocks.1.attentions",)), denoiser, cond)
+    weak = weaker(SkipLayers(("down_blocks.1.attentions",)), denoiser, cond)
     for parameter in denoiser.network.down_blocks[1].attentions[0].to_out[0].parameters():
         parameter.zero_()
-    torch.testing.assert_close(whom(x, 0.5, cond).x0, denoiser(x, 0.5, cond).x0)
+    torch.testing.assert_close(weak(x, 0.5, cond).x0, denoiser(x, 0.5, cond).x0)
 
 
 @every
@@ -331,21 +331,21 @@ def test_no_layers_means_the_deepest_attention_that_there_is(kind: str) -> None:
 def test_a_copy_is_made_once_and_goes_with_its_denoiser() -> None:
     denoiser, x, cond = setup("cross")
     reference = PerturbedAttention()
-    whom = weaker(reference, denoiser, cond)
+    weak = weaker(reference, denoiser, cond)
     assert (
-        weaker(PerturbedAttention(), denoiser, cond) is whom
-        and weaker(SkipLayers(), denoiser, cond) is not whom
+        weaker(PerturbedAttention(), denoiser, cond) is weak
+        and weaker(SkipLayers(), denoiser, cond) is not weak
     )
     other, _, _ = setup("cross")
-    assert weaker(reference, other, cond) is not whom
+    assert weaker(reference, other, cond) is not weak
     # a part is swapped: an old copy would not follow
     denoiser.network.conv_out = torch.nn.Conv2d(8, 2, 3, padding=1)
     fresh = weaker(reference, denoiser, cond)
-    assert fresh is not whom and fresh.network.conv_out.weight is denoiser.network.conv_out.weight
+    assert fresh is not weak and fresh.network.conv_out.weight is denoiser.network.conv_out.weight
     denoiser.network.train()
     assert weaker(reference, denoiser, cond).network.training
     kept, gone = len(_layer_replacement._CACHE), weakref.ref(denoiser.network)
-    del denoiser, whom, fresh, x
+    del denoiser, weak, fresh, x
     gc.collect()
     assert gone() is None and len(_layer_replacement._CACHE) < kept
 

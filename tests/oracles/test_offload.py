@@ -720,7 +720,7 @@ def test_memory_report(
 # ---- commands ------------------------------------------------------------------------------------
 
 
-def test_info_tells_it(
+def test_info_prints_the_memory(
     folders: dict[tuple[str, str], Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

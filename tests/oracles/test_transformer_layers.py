@@ -21,7 +21,7 @@ from sfumato.nn.rope import angles, grid, rotate
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(-50, 50), st.integers(-50, 50), st.integers(-20, 20), st.integers(-20, 20))
-def test_products_of_turned_vectors_tell_only_the_distance(
+def test_products_of_rotated_vectors_depend_on_the_distance_alone(
     row: int, column: int, down: int, right: int
 ) -> None:
     q, k = normal(1, 1, 2, 16), normal(1, 1, 2, 16, seed=1)
@@ -82,7 +82,7 @@ def test_modulation_is_its_formula_with_and_without_gradients(count: int) -> Non
         torch.testing.assert_close(gated(x, scale, shift.expand_as(x)), x + scale * shift)
 
 
-def test_modulation_begins_where_its_weights_say() -> None:
+def test_modulation_begins_as_its_weights_are_initialised() -> None:
     layer, embedding = Modulation(6, 3), normal(2, 6)
     parts = layer(embedding)
     expected = F.linear(F.silu(embedding), layer.linear.weight, layer.linear.bias)

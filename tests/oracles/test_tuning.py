@@ -73,8 +73,8 @@ def test_tuned_times_beat_every_fixed_spacing_on_unseen_images(sharp: LatentDiff
     # run.
     prompts, options = [None] * 24, {"sampler": "ddim", "seed": 24, "output": "latent"}
     end = sharp.generate(prompts, steps=100, **options)
-    mine = sharp.generate(prompts, timesteps=result.times, **options)
-    assert float((mine - end).square().mean().sqrt()) == pytest.approx(
+    latents = sharp.generate(prompts, timesteps=result.times, **options)
+    assert float((latents - end).square().mean().sqrt()) == pytest.approx(
         result.errors["tuned"], rel=1e-5
     )
 

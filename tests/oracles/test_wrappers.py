@@ -41,7 +41,7 @@ DOWNWARD = [name for name, sampler in SAMPLERS.items() if not traits_of(sampler)
 FLOW = schedule("flow")
 
 
-def asking(predict: Callable[[Tensor, float], Prediction]) -> DenoiseFn:
+def denoise_fn(predict: Callable[[Tensor, float], Prediction]) -> DenoiseFn:
     """A denoiser that needs no conditioning, as questions."""
 
     def ask(x: Tensor, t: float) -> DenoiseCalls[Prediction]:
@@ -65,7 +65,7 @@ def tangled(chosen: Schedule) -> DenoiseFn:
         x0 = torch.tanh((x + x.roll(1, 3) - x.roll(1, 2)) / math.hypot(alpha, sigma))
         return Prediction(x0, (x - alpha * x0) / sigma)
 
-    return asking(predict)
+    return denoise_fn(predict)
 
 
 # LCM's boundary condition, c_skip x + c_out z, is made for timesteps in 0..1000. pndm's first step
@@ -161,7 +161,7 @@ def two_pixels(rho: float, chosen: Schedule) -> DenoiseFn:
         x0 = x @ gain.T
         return Prediction(x0, (x - alpha * x0) / sigma)
 
-    return asking(predict)
+    return denoise_fn(predict)
 
 
 def inpainted(
@@ -274,11 +274,11 @@ def test_a_region_that_does_not_fit_is_refused(z: Tensor, mask: Tensor, complain
         )
 
 
-def test_without_noise_there_is_nothing_to_ask() -> None:
+def test_without_noise_nothing_is_evaluated() -> None:
     z = torch.zeros(1, 1, 2, 2)
     with pytest.raises(UserError, match="0 has no noise to predict"):
         drive(
-            known_region(asking(lambda x, t: Prediction(x, x)), z, z, FLOW.point)(z, 0.0),
+            known_region(denoise_fn(lambda x, t: Prediction(x, x)), z, z, FLOW.point)(z, 0.0),
             evaluate_calls,
         )
 
@@ -314,7 +314,7 @@ def test_a_denoiser_of_single_cells_gives_the_same_on_the_whole(
 ) -> None:
     x = normal(2, 3, 9, 14)
     result = drive(
-        multidiffusion(asking(pixelwise), size, stride, weights, around)(x, 0.5), evaluate_calls
+        multidiffusion(denoise_fn(pixelwise), size, stride, weights, around)(x, 0.5), evaluate_calls
     )
     assert torch.allclose(result.x0, 0.3 * x, atol=1e-6) and torch.allclose(
         result.eps, 0.7 * x, atol=1e-6
@@ -332,7 +332,7 @@ def test_the_result_is_the_weighted_average_of_the_windows(weights: str, around:
     x = torch.zeros(1, 1, 5, 9)
     result = drive(
         multidiffusion(
-            asking(lambda x, t: Prediction(x + (n := next(count)), x - n)),
+            denoise_fn(lambda x, t: Prediction(x + (n := next(count)), x - n)),
             (3, 4),
             (2, 3),
             weights,
@@ -434,9 +434,9 @@ def test_a_canvas_that_goes_around_has_no_place_where_it_begins() -> None:
 def test_a_canvas_that_cannot_be_cut_is_refused() -> None:
     for size, stride in ((4, 5), (4, 0), ((4, 8), (5, 5))):
         with pytest.raises(UserError, match="expected strides from 1 to"):
-            multidiffusion(asking(pixelwise), size, stride)
+            multidiffusion(denoise_fn(pixelwise), size, stride)
     with pytest.raises(UserError, match="did you mean 'smooth'"):
-        multidiffusion(asking(pixelwise), 4, 2, "smoth")
+        multidiffusion(denoise_fn(pixelwise), 4, 2, "smoth")
     x = torch.zeros(1, 3, 4, 8)
     for wrong in (
         Conditioning(concat=torch.zeros(1, 3, 4, 4)),
@@ -677,7 +677,7 @@ def test_the_threshold_decides_for_each_image_alone(
 
 
 @torch.inference_mode()
-def test_where_guidance_stops_and_begins_again_nobody_takes_anothers_features(
+def test_where_guidance_stops_and_begins_again_features_are_not_mixed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Windows and classes.
