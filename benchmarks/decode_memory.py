@@ -75,8 +75,9 @@ class Settings:
 
 
 def build(settings: Settings) -> AutoencoderKL:
-    """Of Stable Diffusion's shape. The last convolution is smaller than torch makes it, so that few
-    pixels are limited to [-1, 1].
+    """Of Stable Diffusion's shape.
+
+    The last convolution is smaller than torch makes it, so that few pixels are limited to [-1, 1].
     """
     torch.manual_seed(settings.seed)
     autoencoder = AutoencoderKL(

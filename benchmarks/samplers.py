@@ -422,8 +422,9 @@ def apart(places: Sequence[float], heights: Sequence[float], bottom: float) -> l
 
 
 def lines(axes: Any, curves: dict[str, Curve], promised: dict[str, Traits]) -> None:
-    """Errors over calls with their names at the right. Colour: order; dashed: several calls a
-    step.
+    """Errors over calls with their names at the right.
+
+    Colour: order; dashed: several calls a step.
     """
     errors = [e for c in curves.values() for e in c.errors]
     axes.set(

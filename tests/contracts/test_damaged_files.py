@@ -341,8 +341,9 @@ def test_a_config_with_any_value_in_any_field(file: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("file", CONFIGS)
 def test_paths_in_a_config_are_not_followed(file: str, folder: Path, tmp_path: Path) -> None:
-    """A name of a class, of a file, of code: none is opened. Notes that start with an underscore
-    are not read.
+    """A name of a class, of a file, of code: none is opened.
+
+    Notes that start with an underscore are not read.
     """
     path, bait = folder / file, tmp_path / "bait.json"
     bait.write_text(

@@ -141,8 +141,9 @@ FILES = {module_of(f): f for f in sorted(SOURCE.rglob("*.py"))}
 
 
 def within(module: str, zone: str) -> bool:
-    """Whether a module is `zone` or lies inside it. The face of the package (zone "") holds only
-    itself.
+    """Whether a module is `zone` or lies inside it.
+
+    The face of the package (zone "") holds only itself.
     """
     return module == zone or (zone != "" and module.startswith(zone + "."))
 

@@ -217,6 +217,7 @@ def test_missing_extra_misshapen_and_integer_keys_are_in_one_message() -> None:
 
 def test_every_single_fault_is_refused_and_names_its_key() -> None:
     """One key in three, one at a time: gone, renamed, transposed or flattened, of whole numbers.
+
     None goes through.
     """
     whole = sd1()

@@ -1,5 +1,6 @@
-"""Parity with diffusers: the same keys, the same outputs, the same folders, the same steps. It is a
-reference here and nothing else.
+"""Parity with diffusers: the same keys, the same outputs, the same folders, the same steps.
+
+It is a reference here and nothing else.
 """
 
 import inspect

@@ -29,8 +29,9 @@ LABELS = {
 
 
 def diffusers_pipeline(**shape: Any) -> Any:
-    """A small random DiTPipeline. DiT's own has a thousand classes: that the next is none is
-    written into it.
+    """A small random DiTPipeline.
+
+    DiT's own has a thousand classes: that the next is none is written into it.
     """
     shape = {
         "num_attention_heads": 3,

@@ -219,8 +219,9 @@ def test_parity_in_both_directions_through_folders(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", [n for n in FLUX if "fill" not in n and "depth" not in n])
 @torch.inference_mode()
 def test_references(name: str) -> None:
-    """Other sizes than x, smaller and larger; FLUX.1 reads one, FLUX.2 several. They count, and so
-    does their order.
+    """Other sizes than x, smaller and larger; FLUX.1 reads one, FLUX.2 several.
+
+    They count, and so does their order.
     """
     network, peer = network_of(name), peer_of(name)
     for references in [((4, 6),), ((9, 7),), ((4, 6), (3, 9), (4, 6))]:

@@ -54,8 +54,10 @@ ABSENT = (
 
 @pytest.fixture(scope="module")
 def k_diffusion() -> Iterator[Any]:
-    """Its sampling.py alone. What the file imports and the samplers here never call is stood in
-    for, so that nothing else is installed.
+    """Its sampling.py alone.
+
+    What the file imports and the samplers here never call is stood in for, so that nothing else is
+    installed.
     """
     try:
         files = distribution("k-diffusion").files or []

@@ -67,10 +67,12 @@ KINDS: dict[str, dict[str, Any]] = {
 SIZES = {1: [(8, 8), (3, 5)], 2: [(8, 8), (6, 14), (24, 2)], 3: [(9, 9), (6, 12)]}
 FULL: dict[str, tuple[dict[str, Any], int, int, float]] = {}
 """name: (config, parameters, numbers of the file with the table of places, billions as published).
+
 Configs are those of the published folders (huggingface.co/stabilityai:
 stable-diffusion-3-medium-diffusers, stable-diffusion-3.5-medium, stable-diffusion-3.5-large;
 transformer/config.json); billions: of their model cards and announcements (2, 2.5, 8.1), which
-agree with the files' sizes in 16 bits: 4.17, 4.94 and 16.3 GB."""
+agree with the files' sizes in 16 bits: 4.17, 4.94 and 16.3 GB.
+"""
 _FULL = {
     "sample_size": 128,
     "patch_size": 2,
@@ -304,8 +306,9 @@ def denoiser_of(network: SD3) -> Denoiser:
 @pytest.mark.parametrize("layers", [(1,), (0, 2), (1, 2, 3)], ids=str)
 @torch.inference_mode()
 def test_skipped_blocks(layers: tuple[int, ...]) -> None:
-    """As diffusers' pipeline has it: y + scale (y - y without the blocks). The last one, and blocks
-    before a residual, too.
+    """As diffusers' pipeline has it: y + scale (y - y without the blocks).
+
+    The last one, and blocks before a residual, too.
     """
     network = network_of("SD 3.5 medium", num_layers=4)
     peer, denoiser = peer_of(network), denoiser_of(network)

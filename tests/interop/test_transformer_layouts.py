@@ -222,8 +222,9 @@ FULL: dict[str, tuple[str, type[nn.Module], dict[str, Any]]] = {
 
 
 def build(name: str) -> tuple[Layout, dict[str, Any], dict[str, Tensor]]:
-    """A small random network: layout, config, tensors. Copies of one embedding in every block are
-    copies, as in what diffusers publishes.
+    """A small random network: layout, config, tensors.
+
+    Copies of one embedding in every block are copies, as in what diffusers publishes.
     """
     kind, network_class, fields = MODELS[name]
     torch.manual_seed(0)

@@ -126,8 +126,9 @@ def test_statistics_file_is_exact_and_guards_its_hashes(tmp_path) -> None:
 
 
 def test_manifold_of_points_on_a_line() -> None:
-    """Real 0, 1, 2, 3 and 10 with k = 1: radii 1, 1, 1, 1, 7. Samples 0.5, 2.5, 20, 21: radii 2, 2,
-    1, 1.
+    """Real 0, 1, 2, 3 and 10 with k = 1: radii 1, 1, 1, 1, 7.
+
+    Samples 0.5, 2.5, 20, 21: radii 2, 2, 1, 1.
     """
     real = torch.tensor([0.0, 1, 2, 3, 10])[:, None]
     samples = torch.tensor([0.5, 2.5, 20, 21])[:, None]

@@ -795,8 +795,9 @@ def numbers_of(out: Path) -> dict[int, dict[str, float]]:
 
 
 def test_a_line_of_the_log_is_the_mean_over_the_steps_since_the_last(tmp_path: Path) -> None:
-    """Of those that had a number: the discriminator begins at step 4, in the middle of a line. The
-    learning rate is the step's own.
+    """Of those that had a number: the discriminator begins at step 4, in the middle of a line.
+
+    The learning rate is the step's own.
     """
     settings = replace(LOOP, steps=8, decay="linear")
     for name, every in (("each", 1), ("third", 3)):
