@@ -27,8 +27,9 @@ diffusers: Any = library  # its classes are loaded by name, which type checkers 
 
 @pytest.fixture(autouse=True)
 def weights() -> None:
-    """Layers draw their weights from torch's own generator: the same ones in every run, whatever
-    ran before.
+    """Draw the weights of layers from torch's own generator, seeded anew.
+
+    They are the same in every run, whatever ran before.
     """
     torch.manual_seed(0)
 
@@ -168,7 +169,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def encoded(peer: Any, image: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, std) of raw latents, in the layout that their denoisers see."""
+    """(mean, std) of raw latents, in the layout of their denoisers."""
     result = peer.encode(image)
     if hasattr(result, "latents"):
         return result.latents, torch.zeros_like(result.latents)
@@ -487,8 +488,9 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs(name: str) -> None:
-    """Full size, without weights: the same keys and shapes, and the statistics that their pipelines
-    use.
+    """Full size, without weights: the same keys and shapes.
+
+    The statistics are those that diffusers' pipelines use.
     """
     values, mean, std = PUBLISHED[name]
     network, config = autoencoders()[values["_class_name"]]
@@ -526,7 +528,7 @@ def test_statistics_round_trip_through_files() -> None:
 
 
 def test_defaults_equal_diffusers() -> None:
-    """A field that a folder leaves out means what they take for it."""
+    """A field that a folder leaves out has the default of diffusers."""
     import inspect
 
     for name, config in (("AutoencoderKLFlux2", KLFlux2Config), ("AutoencoderTiny", TinyConfig)):

@@ -331,10 +331,10 @@ def test_unets_in_both_directions_through_folders(name: str, tmp_path: Path) -> 
     save_part(tmp_path / "sfumato", actual)
     peer = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "sfumato")
     same_unet(actual, peer)
-    # odd maps fail in their AttnUpBlock2D
+    # odd maps fail in diffusers' AttnUpBlock2D
     sizes = [(4, 12)] if "AttnUpBlock2D" in values["up_block_types"] else [(7, 7), (6, 9)]
     for size in sizes:
-        # there their first attention takes no mask
+        # there the first attention of diffusers takes no mask
         same_unet(actual, peer, size, mask="only_cross_attention" not in values)
     peer = randomised(diffusers.UNet2DConditionModel(**values), seed=1)
     peer.save_pretrained(tmp_path / "diffusers")
@@ -527,11 +527,10 @@ def diffusers_scheduler(process: Process) -> Any:
 
 @pytest.mark.parametrize("kind", DIFFUSERS_SCHEDULES)
 def test_tables_equal_diffusers(kind: str) -> None:
-    """alpha^2 and sigma^2 at every grid point, to 1e-6 plus what they lose by float32: each beta is
-    rounded to 2^-24 of itself.
+    """alpha^2 and sigma^2 at every grid point, to 1e-6 plus the rounding of float32.
 
-    The product is taken over their betas in float64: their own cumulative product adds up to 1e-4
-    of rounding, checked last.
+    Each beta is rounded to 2^-24 of itself. The product is taken over diffusers' betas in float64:
+    its own cumulative product adds up to 1e-4 of rounding, checked last.
     """
     process = Process(schedule(kind), parameterization("v"))
     peer = diffusers_scheduler(process)
@@ -586,7 +585,7 @@ def test_flow_scheduler_in_both_directions(tmp_path: Path) -> None:
     )
     for change, words in (
         ({"schedule": {"class": "Flow"}}, "expected a class of"),
-        ({"shift": 3}, "'shift' is not known"),
+        ({"shift": 3}, "shift=3 is not known"),
     ):
         with pytest.raises(UserError, match=words):
             from_scheduler_config({**config, **change})

@@ -114,8 +114,9 @@ def inputs(
 
 
 def diffusers_output(network: Any, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-    """What diffusers' network gives; its DiT puts tokens together as squares only, which is done
-    here for it.
+    """The output of diffusers' network.
+
+    Its DiT joins tokens to squares only; other maps are joined here.
     """
     if isinstance(network, diffusers.PixArtTransformer2DModel):
         picture: Any = cond.vector
@@ -265,7 +266,7 @@ def test_every_input_shows_in_the_output(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["DiT", "DiT, patches of 4", "PixArt"])
 @torch.inference_mode()
 def test_sides_that_are_no_multiple_of_the_patch(name: str, tmp_path: Path) -> None:
-    """They go on with their edge, and the answer is cut."""
+    """The map is padded with its edge, and the output is cut to its size."""
     network = opened(diffusers_network(name), tmp_path)
     x, timestep, cond = inputs(network, (7, 9))
     patch = network.patch
@@ -342,7 +343,7 @@ FULL: dict[str, tuple[str, dict[str, Any], int]] = {
 
 @pytest.mark.parametrize("name", FULL)
 def test_full_sizes(name: str) -> None:
-    """Without memory for their numbers: names, shapes and counts."""
+    """Without memory for the weights: names, shapes and counts."""
     kind, values, millions = FULL[name]
     network_class, config = registered()[kind]
     with torch.device("meta"):

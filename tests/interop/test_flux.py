@@ -1,5 +1,6 @@
-"""FLUX.1 and FLUX.2 against diffusers: the same keys and outputs, folders both ways, full sizes;
-tokens and their places are made as by its pipelines.
+"""FLUX.1 and FLUX.2 against diffusers: the same keys and outputs, folders both ways, full sizes.
+
+Tokens and their positions are computed as by its pipelines.
 """
 
 import json
@@ -120,7 +121,7 @@ def inputs(
 def answer(
     model: Any, x: Tensor, t: Tensor, cond: Conditioning, control: tuple[Any, Any] = (None, None)
 ) -> Tensor:
-    """What diffusers' pipelines would make of x."""
+    """The prediction of diffusers' pipelines for x."""
     return (_flux if isinstance(model, diffusers.FluxTransformer2DModel) else _flux2)(
         model, x, t, cond, control
     )
@@ -221,7 +222,7 @@ def test_parity_in_both_directions_through_folders(name: str, tmp_path: Path) ->
 def test_references(name: str) -> None:
     """Other sizes than x, smaller and larger; FLUX.1 reads one, FLUX.2 several.
 
-    They count, and so does their order.
+    They change the output, and so does their order.
     """
     network, peer = network_of(name), peer_of(name)
     for references in [((4, 6),), ((9, 7),), ((4, 6), (3, 9), (4, 6))]:
@@ -278,8 +279,9 @@ def test_patches_are_pixel_unshuffled(patch: int) -> None:
 
 @torch.inference_mode()
 def test_the_latent_is_the_autoencoders() -> None:
-    """What AutoencoderKLFlux2 gives is what diffusers' pipeline gives its transformer, and comes
-    back as it went in.
+    """The latents of AutoencoderKLFlux2 are those of the transformer in diffusers' pipeline.
+
+    They are decoded unchanged.
     """
     from sfumato.compress.kl_flux2 import AutoencoderKLFlux2, KLFlux2Config
 
@@ -391,8 +393,9 @@ def test_full_sizes_run_on_the_meta_device(name: str) -> None:
 @pytest.mark.parametrize("name", ["FLUX.1 dev", "FLUX.2 klein"])
 @torch.inference_mode()
 def test_masks_hide_text(name: str) -> None:
-    """Of two texts, one is shorter: what stands behind its end does not matter, and it is as if
-    nothing stood there.
+    """One text of two is shorter: the tokens behind its end do not matter.
+
+    The output is that of the text alone.
     """
     network = network_of(name)
     x, cond = inputs(network, (6, 8), references=((4, 4),))

@@ -209,8 +209,9 @@ def test_another_negative_prompt(folders: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("kind", ["dev", "klein"])
 def test_streamed(kind: str, folders: dict[str, Path]) -> None:
-    """The networks' weights read from the files as they are needed: the same pictures to the last
-    bit.
+    """The networks' weights are read from the files when they are needed.
+
+    The images are the same, bit for bit.
     """
     whole, streamed = load(folders[kind]), load(folders[kind], memory="64GB")
     request = edit(whole, photo(), Request(PROMPTS, steps=2, height=32, width=32))

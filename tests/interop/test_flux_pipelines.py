@@ -148,8 +148,9 @@ def hole() -> Tensor:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """model_index.json without the words of who wrote it; a T5TokenizerFast is transformers'
-    T5Tokenizer.
+    """model_index.json without the names of versions.
+
+    A T5TokenizerFast is transformers' T5Tokenizer.
     """
     text = (folder / "model_index.json").read_text().replace("T5TokenizerFast", "T5Tokenizer")
     return {
@@ -161,8 +162,9 @@ def read_index(folder: Path) -> dict[str, Any]:
 def test_convert_keeps_the_pipeline(
     kind: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """diffusers' folder -> file -> folder: the same pipeline, run in the same way; what sfumato
-    saved goes the same way.
+    """A folder of diffusers becomes a file and a folder again: the same pipeline and run.
+
+    So does a folder that sfumato saved.
     """
     expected = load(folders[kind])
     expected.save(tmp_path / "saved.safetensors")
@@ -267,8 +269,9 @@ def test_a_second_prompt(folders: dict[str, Path]) -> None:
 
 
 def test_streamed(folders: dict[str, Path]) -> None:
-    """The networks' weights read from the files as they are needed: the same pictures to the last
-    bit.
+    """The networks' weights are read from the files when they are needed.
+
+    The images are the same, bit for bit.
     """
     options: dict[str, Any] = {
         "steps": 2,

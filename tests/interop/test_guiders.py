@@ -113,8 +113,9 @@ def test_zero_star(w: float) -> None:
 
 @pytest.mark.parametrize(("w", "second"), [(2.0, 3.8), (7.5, 1.5)])
 def test_away_from_two(w: float, second: float) -> None:
-    """Their perturbed-attention guider with classifier-free guidance; scales from the conditional
-    prediction, where off is 0.
+    """diffusers' perturbed-attention guider with classifier-free guidance.
+
+    Its scales count from the conditional prediction, where off is 0.
     """
     x, pairs = predictions(3)
     guider = guiders.PerturbedAttentionGuidance(
@@ -175,9 +176,7 @@ def unets(values: dict[str, Any]) -> tuple[UNet, Any]:
 )
 @torch.inference_mode()
 def test_perturbed_attention(values: dict[str, Any], layers: list[str]) -> None:
-    """Their processor perturbs the second half of a doubled batch, in the layers that it is set
-    in.
-    """
+    """diffusers' processor perturbs the second half of a doubled batch, in its layers."""
     network, peer = unets(VALUES | values)
     processors = {
         name: PAGIdentitySelfAttnProcessor2_0()
@@ -199,7 +198,7 @@ def test_perturbed_attention(values: dict[str, Any], layers: list[str]) -> None:
 
 @torch.inference_mode()
 def test_layers_left_out() -> None:
-    """Their U-Net with the forward of the same blocks replaced by hand."""
+    """diffusers' U-Net with the forward of the same blocks replaced by hand."""
     network, peer = unets(VALUES | CROSS)
     x, timestep, tokens = normal(2, 3, 8, 8), torch.tensor([999.0, 333.0]), normal(2, 5, 12, seed=1)
     peer.mid_block.attentions[0].forward = lambda hidden_states, *rest, **named: (hidden_states,)

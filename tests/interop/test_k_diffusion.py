@@ -54,10 +54,9 @@ ABSENT = (
 
 @pytest.fixture(scope="module")
 def k_diffusion() -> Iterator[Any]:
-    """Its sampling.py alone.
+    """The file sampling.py of k-diffusion alone.
 
-    What the file imports and the samplers here never call is stood in for, so that nothing else is
-    installed.
+    Imports that the samplers here never call are replaced, so that nothing else is installed.
     """
     try:
         files = distribution("k-diffusion").files or []
@@ -97,8 +96,9 @@ def noises(count: int = 64) -> list[Tensor]:
 
 
 def denoised(x: Tensor, sigma: float) -> Tensor:
-    """A network's stand-in in their coordinates: smooth, nonlinear, and different at every
-    level.
+    """The stand-in of a network in the coordinates of k-diffusion.
+
+    It is smooth, nonlinear, and different at every level.
     """
     return torch.tanh(1.2 * x / (1 + sigma) + 0.3 * math.log1p(sigma)) + 0.1 * x.roll(1, -1) / (
         1 + sigma
@@ -324,7 +324,7 @@ def test_spacings(k_diffusion: Any, steps: int, kind: str, monkeypatch: pytest.M
 
 
 def test_vp_spacing(k_diffusion: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their levels of the continuous VP process are even times of it."""
+    """k-diffusion's levels of the continuous VP process are even times of it."""
     monkeypatch.setattr(
         torch,
         "linspace",

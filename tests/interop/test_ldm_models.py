@@ -362,7 +362,7 @@ class Original:
         return [n for n in range(3, 100, 3) if self.has(f"input_blocks.{n}.0.in_layers")]
 
 
-# parameters of the YAML, and what must become of them
+# parameters of the YAML, and the expected fields of the config
 PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ffhq": (
         {
@@ -790,8 +790,9 @@ def test_unconditional_single_files(name: str, tmp_path: Path) -> None:
 
 
 def test_wrappers_and_references_of_a_network_without_tokens() -> None:
-    """Deep features reused, weaker copies: steps that are residual blocks stay where they are, and
-    every way runs.
+    """Deep features are reused, and copies weakened.
+
+    Downsampling by residual blocks is never skipped, and every combination runs.
     """
     model = unconditional("churches")
     request: dict[str, Any] = {"height": 32, "width": 32, "steps": 3, "seed": 4, "output": "latent"}
@@ -879,8 +880,9 @@ def test_class_conditional_models(tmp_path: Path, names: tuple[str, ...]) -> Non
 
 
 def test_a_table_without_a_row_for_none(tmp_path: Path) -> None:
-    """ImageNet's 1000 classes and no more: they are drawn without guidance, and with it nothing is
-    drawn rather than something wrong.
+    """ImageNet's 1000 classes and no more: images are generated without guidance.
+
+    With guidance the request is refused.
     """
     model = class_conditional(1000)
     model.save(tmp_path / "one.safetensors")

@@ -58,8 +58,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def same(model: LatentDiffusion, pipe: Any, spacing: str = "leading:offset=1") -> None:
-    """Prompts, a negative prompt or none, guidance on and off, another size. 5 divides 1000: their
-    DDIM steps by 1000 // steps.
+    """Compare prompts, a negative prompt or none, guidance on and off, another size.
+
+    The number of steps, 5, divides 1000: diffusers' DDIM steps by 1000 // steps.
     """
     prompts = ["a red cat", "a dog, (very) red"]
     for negative, guidance, size in (

@@ -593,7 +593,7 @@ def shipped() -> list[Any]:
 @pytest.mark.parametrize("case", shipped(), ids=str)
 def test_as_shipped(case: Case) -> None:
     """The same in float32, as shipped: only rounding of tables, levels and latents is left."""
-    # v, where they have it: in x0 eps's rounding is divided by alpha, 1/15 at the first step
+    # v, where a scheduler has it: in x0 eps's rounding is divided by alpha, 1/15 at the first step
     prediction = case.predictions[-1]
     scheduler = case.scheduler(
         getattr(diffusers, case.scheduler_name + "Scheduler"), "scaled_linear", prediction
@@ -625,7 +625,7 @@ def zero_snr(
     kind: str = "scaled_linear",
     **options: Any,
 ) -> Any:
-    """Their scheduler with rescale_betas_zero_snr and ten trailing steps."""
+    """A scheduler of diffusers with rescale_betas_zero_snr and ten trailing steps."""
     clip = {"clip_sample": False} if name in NEVER_CLIP else {}
     values = {
         **TABLES[kind][0],
@@ -740,8 +740,9 @@ FLOW = Process(schedule("flow"), parameterization("flow"))
 
 
 def twice(shift: float) -> float:
-    """The time at which their flow schedulers end by default: 0.001, shifted when they are made and
-    again when the run is spaced.
+    """The time at which flow schedulers of diffusers end by default: 0.001, shifted twice.
+
+    It is shifted when they are built and again when the run is spaced.
     """
     return shifted_time(shifted_time(0.001, shift), shift)
 
@@ -1066,9 +1067,7 @@ def test_halves_are_rounded_alike() -> None:
 @pytest.mark.parametrize("kind", ["linear", "scaled_linear"])
 @pytest.mark.parametrize("steps", [2, 3, 9, 30])
 def test_noise_levels(steps: int, kind: str, double: Callable[[str], Any]) -> None:
-    """Karras et al.'s, exponential and beta levels, and their timesteps, at more numbers of
-    steps.
-    """
+    """Karras et al.'s, exponential and beta levels, and their timesteps, at more steps."""
     chosen = TABLES[kind][1]
     levels: dict[str, dict[str, Any]] = {"karras": {}, "exponential": {}, "beta": {"over": "noise"}}
     for spacing, options in levels.items():

@@ -74,8 +74,9 @@ def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
 
 
 def network(process: Process) -> Callable[[Tensor, float], Tensor]:
-    """The exact network of Gaussian latents: what a process's target is on average, given the input
-    and the timestep.
+    """The exact network of Gaussian latents.
+
+    It returns the mean of the process's target, for the input and the timestep.
     """
 
     def answer(shown: Tensor, timestep: float) -> Tensor:
@@ -389,8 +390,9 @@ SIZES: list[tuple[int, dict[str, Any]]] = [
 def test_a_flow_shifted_by_the_images_size(
     even: bool, tokens: int, more: dict[str, Any], double: Callable[[str], Any]
 ) -> None:
-    """Even times as FLUX's pipelines give them, and the scheduler's own. mu is what the pipelines
-    compute of the config's four numbers.
+    """Even times as of FLUX's pipelines, and the scheduler's own.
+
+    mu is computed from the config's four numbers as by the pipelines.
     """
     config = {
         "_class_name": "FlowMatchEulerDiscreteScheduler",

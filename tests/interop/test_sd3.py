@@ -117,7 +117,7 @@ def inputs(
 
 
 def diffusers_inputs(cond: Conditioning, t: Tensor) -> dict[str, Any]:
-    """The same in their words."""
+    """The same conditioning as arguments of diffusers' network."""
     return {"encoder_hidden_states": cond.tokens, "pooled_projections": cond.vector, "timestep": t}
 
 

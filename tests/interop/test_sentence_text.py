@@ -1,5 +1,6 @@
-"""Parity with transformers' BertModel and its tokenizer, and what transformers makes of the folders
-that are written here.
+"""Parity with transformers' BertModel and its tokenizer.
+
+Folders that sfumato writes open in transformers.
 """
 
 from dataclasses import replace

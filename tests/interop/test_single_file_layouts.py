@@ -1,6 +1,7 @@
-"""Single files in the original layouts against diffusers: what a family writes, its converters read
-as the very same tensors under the very same keys, and it reads back what it wrote. Small random
-models of every family.
+"""Single files in the original layouts against diffusers.
+
+Files that a family writes are read by diffusers' converters as the same tensors under the same
+keys, and by sfumato. The models are small, random and of every family.
 """
 
 import json
@@ -244,9 +245,7 @@ def test_split_is_the_inverse_of_join(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "x4-upscaler", "sdxl", "sdxl-refiner"])
 def test_inferred_configs_build_the_same_networks(name: str) -> None:
-    """diffusers builds networks from the configs that were read from keys, and they give the same
-    outputs.
-    """
+    """diffusers' networks of the configs that were inferred from keys give the same outputs."""
     networks, parts = build(name)
     again = single.split_tensors(single.join(parts), single.notes(parts), "file")
     network = diffusers.UNet2DConditionModel.from_config(again.components["unet"].config)

@@ -1,6 +1,8 @@
-"""Original files of diffusion transformers against diffusers: what `write_transformer` makes, its
-converters read as the very same tensors under the very same keys, and `read_transformer` gives back
-what was written. Small random networks, and the full sizes on the meta device.
+"""Original files of diffusion transformers against diffusers.
+
+diffusers' converters read the files of `write_transformer` as the same tensors under the same keys,
+and `read_transformer` returns the written ones. The networks are small and random, or full-size on
+the meta device.
 """
 
 import json
@@ -224,7 +226,7 @@ FULL: dict[str, tuple[str, type[nn.Module], dict[str, Any]]] = {
 def build(name: str) -> tuple[Layout, dict[str, Any], dict[str, Tensor]]:
     """A small random network: layout, config, tensors.
 
-    Copies of one embedding in every block are copies, as in what diffusers publishes.
+    Copies of one embedding in every block are equal, as in diffusers' published files.
     """
     kind, network_class, fields = MODELS[name]
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
-"""Whole SD 3 and FLUX.1 models in one file, networks in files of their own beside a folder, and
-DiT's and SiT's files: opened as models that draw the same pictures, written as files that
-diffusers' converters and transformers read as the same tensors.
+"""Whole SD 3 and FLUX.1 models in one file, networks in files beside a folder, DiT and SiT.
+
+They open as models with the same images, and are written as files that diffusers' converters and
+transformers read as the same tensors.
 """
 
 import argparse
@@ -224,8 +225,9 @@ def picture(model: LatentDiffusion) -> Tensor:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """But for the last bits of what CLIP pools, which depend on where in memory its weights
-    begin.
+    """True if images are equal but for the last bits of CLIP's pooled vector.
+
+    Those depend on the address of its weights.
     """
     return bool((a - b).norm() < 1e-5 * b.norm())
 
@@ -319,7 +321,7 @@ def test_others_read_the_file(
 def test_files_of_others(
     name: str, models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Without a note: tokenizers from a folder, what was published for the rest."""
+    """Without a note: tokenizers from a folder, published settings for the rest."""
     model = models[name]
     save_file(load_file(saved(name) / "a.safetensors"), tmp_path / "bare.safetensors")
     with pytest.raises(
@@ -799,7 +801,7 @@ def test_the_class_name_distinguishes_sit_from_dit() -> None:
 def test_convert_dit_and_sit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Pickles as they were published, or as training left them; to a folder, to a file and back."""
+    """Pickles as published, or with a training state; to a folder, to a file and back."""
     monkeypatch.chdir(tmp_path)
     net, file, _ = sit_file()
     torch.save(file, "net.pt")
