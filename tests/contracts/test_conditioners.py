@@ -44,7 +44,7 @@ labelled = pytest.mark.parametrize(
 
 
 def has_weights(name: str) -> bool:
-    """Whether a conditioner is opened from a folder and not from its config alone."""
+    """True if a conditioner is opened from a folder, not from its config alone."""
     return CONDITIONERS[name].from_config.__func__ is Conditioner.from_config.__func__
 
 
@@ -77,7 +77,7 @@ def equal(a: Conditioning, b: Conditioning) -> bool:
 
 
 def unmoved(with_spec: Conditioning, without: Conditioning) -> bool:
-    """Whether an image spec changes nothing but a `vector` that exists with it only (PixArt)."""
+    """True if an image spec changes nothing but a `vector` that exists with it only (PixArt)."""
     return equal(replace(with_spec, vector=None) if without.vector is None else with_spec, without)
 
 
@@ -281,8 +281,9 @@ def test_check_raises_the_errors_of_a_call_and_reads_no_weight(name: str) -> Non
 
 @every
 def test_a_call_checks_first(name: str) -> None:
-    """What `check` refuses costs no forward pass: with networks that cannot be run the sentences
-    are the same.
+    """Errors of `check` cost no forward pass.
+
+    With networks that cannot be run the messages are the same.
     """
     conditioner = strict(build(name))
     away = weightless(conditioner)

@@ -20,7 +20,7 @@ PICKLERS = {
 
 
 def offences(text: str, *, may_print: bool = False) -> list[str]:
-    """What breaks a house rule in a file's text, with line numbers."""
+    """Places of a file's text that break a house rule, with line numbers."""
     tree = ast.parse(text)
     result = [] if ast.get_docstring(tree) else ["1: no docstring says what this file is"]
     for node in ast.walk(tree):

@@ -141,7 +141,7 @@ FILES = {module_of(f): f for f in sorted(SOURCE.rglob("*.py"))}
 
 
 def within(module: str, zone: str) -> bool:
-    """Whether a module is `zone` or lies inside it.
+    """True if a module is `zone` or lies inside it.
 
     The face of the package (zone "") holds only itself.
     """
@@ -198,7 +198,7 @@ def imports(
 def offences(
     text: str, module: str, is_package: bool = False, available: set[str] | None = None
 ) -> list[str]:
-    """What breaks the law in a file's text."""
+    """Places of a file's text that break the law."""
     available = set(FILES) if available is None else available
     tree = ast.parse(text)
     zone = zone_of(module)

@@ -118,7 +118,7 @@ def test_a_repeated_batch_of_conditions_is_joined_again_only_if_it_is_the_same()
 
 
 def test_a_denoiser_follows_its_network_to_another_dtype() -> None:
-    """Where the first weight lies is remembered, not what it is."""
+    """The module of the first weight is remembered, not the weight."""
     denoiser, condition = tiny_model().denoiser, tiny_model().conditioner([CLASSES[0]])
     x = torch.randn(1, *LATENT, generator=torch.Generator().manual_seed(0))
     before = denoiser(x, 0.5, condition).x0

@@ -60,8 +60,8 @@ ONE_OF |= {
     "SfumatoDiT": {"num_class_embeds": 6},
 }
 ONE_OF |= {"Flux2Transformer2DModel": {"axes_dims_rope": (4, 4, 4, 4)}}
-UNHEARD = {"SD3Transformer2DModel": "transformer_blocks.1.attn.add_q_proj"}
-"""What published files hold and nothing hears: the questions of text in the last block."""
+UNUSED_WEIGHTS = {"SD3Transformer2DModel": "transformer_blocks.1.attn.add_q_proj"}
+"""Published weights that no output depends on: the queries of text in the last block."""
 # others choose one of these
 NETWORKS = sorted(name for name, (_, config) in registered().items() if is_dataclass(config))
 SIZES = [(8, 8), (12, 6), (7, 9)]
@@ -219,7 +219,7 @@ def test_every_weight_is_trained(name: str) -> None:
     silent = [
         key for key, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
     ]
-    assert not [key for key in silent if not key.startswith(UNHEARD.get(name, "-"))]
+    assert not [key for key in silent if not key.startswith(UNUSED_WEIGHTS.get(name, "-"))]
     gone = [
         key
         for key, p in network.named_parameters()

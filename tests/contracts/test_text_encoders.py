@@ -1,5 +1,6 @@
-"""What folders of PixArt's, SD 3's, FLUX.1's and FLUX.2's text encoders, their settings and prompts
-must be: all else is refused in a sentence.
+"""Requirements of folders of PixArt's, SD 3's, FLUX.1's and FLUX.2's text encoders.
+
+So of their settings and prompts: all else is refused in a sentence.
 """
 
 import json

@@ -466,8 +466,9 @@ def test_a_kill_at_any_access_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path
 def test_a_kill_at_any_access_leaves_the_old_folder_or_the_new(
     swaps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where two names can be swapped, one of them is always there; where not, `recover` brings the
-    old one back.
+    """Systems that can swap two names always have one of the folders.
+
+    On others `recover` brings the old one back.
     """
     if swaps:
         for name in ("a", "b"):
@@ -691,8 +692,9 @@ def test_other_settings_or_data_do_not_go_on(
 
 
 def test_settings_that_decide_nothing_may_change(tmp_path: Path) -> None:
-    """How often to look; and, with a constant learning rate, how far to go: the longer run is the
-    run that was longer from the start.
+    """Intervals of logs; and, with a constant learning rate, the number of steps.
+
+    The longer run is the run that was longer from the start.
     """
     settings = replace(LOOP, decay="constant")
     run("denoiser", tmp_path / "a", replace(settings, steps=4))

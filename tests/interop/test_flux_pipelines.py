@@ -295,7 +295,7 @@ def test_streamed(folders: dict[str, Path]) -> None:
 def test_image_to_image(
     kind: str, strength: float, sfumato_strength: float, folders: dict[str, Path]
 ) -> None:
-    """Where the strength is no whole number of steps, sfumato rounds down, diffusers up.
+    """A strength of no whole number of steps is rounded down by sfumato, up by diffusers.
 
     0.6 of four steps are three in diffusers.
     """

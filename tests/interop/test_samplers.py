@@ -648,7 +648,7 @@ EXACT = [("DDIM", ddim, 0.0), ("DDPM", ddpm, 0.0), ("LCM", lcm, 0.0), ("TCD", tc
 def test_zero_terminal_snr(
     name: str, sampler: Any, end: float, kind: str, double: Callable[[str], Any]
 ) -> None:
-    """Where alpha is exactly 0 at t = 1."""
+    """alpha is exactly 0 at t = 1."""
     chosen = ZeroTerminalSNR(TABLES[kind][1])
     times = Case(
         name,
@@ -1056,7 +1056,10 @@ def test_linspace_timesteps(steps: int) -> None:
 
 
 def test_halves_are_rounded_alike() -> None:
-    """Where a timestep falls between two whole ones, at a third of all numbers of steps."""
+    """A timestep falls between two whole ones at a third of all numbers of steps.
+
+    Both libraries round it to the same.
+    """
     chosen, expected = TABLES["linear"][1], diffusers.DPMSolverMultistepScheduler()
     for steps in range(1, 1000, 3):
         expected.set_timesteps(steps)

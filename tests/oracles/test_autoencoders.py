@@ -1,7 +1,7 @@
-"""What autoencoders of the ecosystem promise beyond parity: exact codes, straight-through
-gradients, packing, bits that do not depend on the batch, and the real weights of FLUX.2's tiny
-autoencoder against its published layers and the reference's PSNR.
+"""Promises of autoencoders beyond parity.
 
+They are exact codes, straight-through gradients, packing, bits that do not depend on the batch, and
+the real weights of FLUX.2's tiny autoencoder against its published layers and the reference's PSNR.
 The last needs the folder `shared` (weights/taef2_*.safetensors, data/clothing-256-train.parquet) in
 the checkout, beside it, or in SFUMATO_SHARED.
 """

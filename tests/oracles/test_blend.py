@@ -1,5 +1,6 @@
-"""What lies between: noise on the arc, conditions on the line, and the series and variations that
-are made of them.
+"""Interpolation: noise on the arc, conditions on the line.
+
+Series and variations are made of them.
 """
 
 import math

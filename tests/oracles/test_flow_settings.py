@@ -1,5 +1,7 @@
-"""What flow matching adds: the distribution of training times, a shift that follows the picture's
-size, guidance that a network has learned.
+"""Settings of flow matching.
+
+They are the distribution of training times, a shift that follows the image's size, and guidance
+that a network has learned.
 """
 
 import math

@@ -202,7 +202,10 @@ def test_guidance_sharpens_a_gaussian_by_its_formula() -> None:
 
 
 def test_a_batch_is_guided_row_by_row() -> None:
-    """Row k of a batch is what it is alone: neighbours do not leak through the doubled batch."""
+    """Row k of a batch is the same as alone.
+
+    Neighbours do not leak through the doubled batch.
+    """
     denoiser, x, conditioning, reference = setup()
     together = classifier_free(denoiser, reference, 4.0)(x, 0.3, conditioning)
     for k in range(3):
@@ -247,7 +250,7 @@ def test_conditions_of_different_inputs_take_two_passes() -> None:
 
 
 class InItsOwnDtype(nn.Module):
-    """Says what it was called with, and returns zeros in its dtype."""
+    """Record the inputs of a call, and return zeros in the network's dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()

@@ -79,7 +79,7 @@ def process_of(kind: str) -> Process:
 
 
 def grid(chosen: Schedule) -> tuple[Tensor, Tensor]:
-    """All times of a table, and what alpha^2 falls by in each step: 1 - beta."""
+    """All times of a table, and the factor of alpha^2 in each step: 1 - beta."""
     assert chosen.grid is not None
     t = chosen.time(torch.arange(chosen.grid, dtype=DOUBLE))
     alpha2 = chosen.at(t)[0].square()

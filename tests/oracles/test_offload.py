@@ -321,7 +321,7 @@ def test_a_budget_keeps_as_many_layers_as_fit(
     peak = base
     monkeypatch.setattr(memory, "peak", lambda: peak)
     memory.limit = base + 5 * layer + layer // 2
-    memory.limit += memory.limit // 31  # what `spare` leaves free
+    memory.limit += memory.limit // 31  # the part that `spare` leaves free
     network(x)
     assert not any(one.stays for one in made.layers), "what a pass takes is not known yet"
     network(x)
@@ -468,7 +468,7 @@ def test_places_in_a_ring_never_overlap() -> None:
 
 
 def test_a_room_goes_back_to_the_system() -> None:
-    gc.collect()  # what earlier tests left goes now, not while this one looks
+    gc.collect()  # tensors of earlier tests are freed now, not during the measurement
     before = host_memory.resident_bytes()
     assert before is not None
     one = allocate(2**26, CPU).fill_(1)
@@ -597,7 +597,7 @@ def test_only_pages_of_files_are_dropped(tmp_path: Path) -> None:
     assert mapped.eq(1).all()
 
 
-# ---- what it takes -------------------------------------------------------------------------------
+# ---- cost ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stored", KINDS)

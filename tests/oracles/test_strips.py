@@ -1,5 +1,5 @@
 """Strips against the whole: layers one by one, autoencoders of many shapes, in every height of
-strips and at every memory; and what it takes.
+strips and at every memory, with the memory in use.
 
 In float64 the results agree to 1e-10, so that a halo, a border or a statistic that is only nearly
 right shows.

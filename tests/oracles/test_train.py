@@ -1,5 +1,6 @@
-"""Training, checked against numbers worked out by hand: losses, averages, orders, learning rates,
-and what a run writes.
+"""Training against numbers that were computed by hand.
+
+Losses, averages, orders, learning rates, and the files of a run.
 """
 
 import copy
@@ -368,7 +369,7 @@ def test_the_discriminator_waits_for_its_start(tmp_path: Path) -> None:
 
 
 class Spy(nn.Module):
-    """Returns zeros and remembers what it was given."""
+    """Return zeros and record the inputs."""
 
     def __init__(self) -> None:
         super().__init__()

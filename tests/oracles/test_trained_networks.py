@@ -56,7 +56,7 @@ NETWORKS: dict[str, tuple[Any, str | None, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `captioned` writes, a folder with FLUX's text encoders, and pictures of two classes."""
+    """Captioned images, a folder with FLUX's text encoders, and images of two classes."""
     result = captioned_images.write(tmp_path_factory.mktemp("networks") / "parts")
     text_encoders.write(result / "flux", "flux")
     for name, value in (("red", 40), ("blue", 200)):

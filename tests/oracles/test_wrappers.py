@@ -504,8 +504,9 @@ def ran(
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Equal but for rounding: convolutions and matrix products choose their algorithm by the
-    batch.
+    """Equal but for rounding.
+
+    Convolutions and matrix products choose their algorithm by the batch.
     """
     assert a is not None and b is not None
     return torch.allclose(a, b, atol=1e-3)
@@ -626,8 +627,9 @@ def test_between_key_calls_the_deep_part_does_not_run(monkeypatch: pytest.Monkey
 
 @torch.inference_mode()
 def test_runs_never_mix_and_share_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three runs with other classes, images, sizes, rules and samplers, in one string of questions:
-    each is what it is alone.
+    """Three runs with other classes, images, sizes, rules and samplers, in one list of calls.
+
+    Each is the same as alone.
     """
     denoiser = tiny()
 
