@@ -1,9 +1,8 @@
-"""Everything that can be wrong with what a user gives: one clear sentence each, exit code 2 on the
-command line, and nothing lost.
+"""Bad input of every kind: one clear sentence each, exit code 2 on the command line.
 
-The command line runs as a process of its own, in production conditions (without the shape checks of
-the test run). So that each case does not import torch anew, a warm interpreter forks one child a
-case; the child is `python -m sfumato` from there on.
+Nothing is lost. The command line runs as a process of its own, in production conditions (without
+the shape checks of the test run). So that each case does not import torch anew, a warm interpreter
+forks one child a case; the child is `python -m sfumato` from there on.
 """
 
 import json
@@ -1002,7 +1001,7 @@ def test_a_broken_parquet_file(tmp_path: Path, child: Child) -> None:
     assert not (tmp_path / "run").exists()
 
 
-# ---- what importing costs ------------------------------------------------------------------------
+# ---- cost of imports -----------------------------------------------------------------------------
 
 
 def test_importing_the_library_imports_nothing_heavy() -> None:
@@ -1040,7 +1039,7 @@ def test_the_command_line_without_a_warm_start(saved: Path, tmp_path: Path) -> N
 def test_making_pictures_imports_no_more_than_it_needs(
     saved: Path, child: Child, tmp_path: Path
 ) -> None:
-    """Neither the hub, nor what training and measuring need, nor torch's compiler."""
+    """Neither the hub, nor the rooms of training and evaluation, nor torch's compiler."""
     code = f"""
 import sfumato
 sfumato.load({str(saved)!r}).generate("bag")

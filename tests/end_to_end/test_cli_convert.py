@@ -113,8 +113,9 @@ def test_dtypes(name: str, dtype: torch.dtype, flux: dict[str, Tensor]) -> None:
 
 
 def test_eight_bits(flux: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
-    """Matrices in eight bits, vectors in bfloat16; with scales they are nearer, and read back by us
-    as the very same numbers.
+    """Matrices in eight bits, vectors in bfloat16; with scales they are nearer.
+
+    sfumato reads back the very same numbers.
     """
     assert (
         run("flux", "plain.safetensors", "--dtype", "fp8") == 0

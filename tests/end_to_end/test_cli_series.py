@@ -1,5 +1,6 @@
-"""Variations, series and the hand-over to a second model on the command line: the library's tasks,
-remembered by their PNGs, or one sentence.
+"""Variations, series and the hand-over to a second model on the command line.
+
+They are the library's tasks, recorded in their PNGs, or one sentence.
 """
 
 from dataclasses import replace
@@ -255,7 +256,7 @@ def test_a_second_model_finishes(tiny: Path, tmp_path: Path) -> None:
     )
 
 
-# ---- what cannot be ------------------------------------------------------------------------------
+# ---- refused arguments ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""`sfumato edit`, `inpaint` and `outpaint` on a real model with random weights: what must stay
-stays to the last bit of its pixels.
+"""`sfumato edit`, `inpaint` and `outpaint` on a real model with random weights.
+
+Pixels outside the mask stay, bit for bit.
 """
 
 from pathlib import Path

@@ -166,8 +166,9 @@ def _begin(work: Callable[[], object], environment: dict[str, str], threads: int
 
 
 def fork(work: Callable[[], object], **environment: str) -> multiprocessing.process.BaseProcess:
-    """A child that does the work and ends: exit code 0 for done, 1 for an exception, or what it
-    passes to sys.exit.
+    """Run the work in a child.
+
+    Its exit code is 0 for done, 1 for an exception, or the argument of sys.exit.
     """
     child = SERVER.Process(
         target=cloudpickle.loads, args=(cloudpickle.dumps(Call(work, environment)),)
@@ -266,7 +267,7 @@ def assert_same_run(out: Path, expected: Path) -> None:
             names or folder == "samples"
         )
         for name in names:
-            # A name for it: on CI's machines pytest would work for hours on what is different
+            # A bool with a name: pytest would explain for hours on CI's machines every difference
             # between two files of weights.
             same = (out / folder / name).read_bytes() == (expected / folder / name).read_bytes()
             assert same, f"{folder}/{name} differs"
@@ -909,7 +910,7 @@ class Curve(Objective):
 
 
 def gather(count: int, work: Callable[[int], object]) -> list[int]:
-    """`count` processes that find each other as torchrun's do, over gloo: their exit codes."""
+    """Exit codes of `count` processes, connected over gloo as torchrun's are."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
