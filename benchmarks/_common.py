@@ -141,7 +141,10 @@ def machine_rate(call: Call, count: int, device: str) -> float:
 def differences(y: Tensor, expected: Tensor) -> str:
     """Format the largest error and the root mean square error, each over the values' own."""
     error = y - expected
-    return f"{float(error.abs().max() / expected.abs().max()):.1e}, {float(error.norm() / expected.norm()):.1e}"
+    return (
+        f"{float(error.abs().max() / expected.abs().max()):.1e}, "
+        f"{float(error.norm() / expected.norm()):.1e}"
+    )
 
 
 # ---- memory --------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
-"""What it costs that an image does not depend on its batch: this code beside plain torch, and
-beside another checkout, in one run.
+"""Cost of batch invariance: this code beside plain torch, in one run.
+
+Another checkout may run beside them.
 
     python benchmarks/batch_invariance.py [--before CHECKOUT] [--workloads fashion-1 ...] [--repeats
     7] [--threads 2]
@@ -120,7 +121,7 @@ def child(checkout: Path, way: str, threads: int) -> "subprocess.Popen[str]":
 
 
 def ask(process: "subprocess.Popen[str]", line: str) -> str:
-    """What a child answers to a line."""
+    """Answer of a child process to a line."""
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(line + "\n")
     process.stdin.flush()

@@ -294,7 +294,10 @@ def _result(a: dict[str, Any], b: dict[str, Any], before: Path, after: Path) -> 
 def _texts(a: dict[str, str], b: dict[str, str]) -> Iterator[str]:
     for path in sorted({*a, *b}):
         if a.get(path) != b.get(path):
-            yield f"{path}: {_short(a.get(path, 'absent'))} before, {_short(b.get(path, 'absent'))} after"
+            yield (
+                f"{path}: {_short(a.get(path, 'absent'))} before, "
+                f"{_short(b.get(path, 'absent'))} after"
+            )
 
 
 def _arrays(a: dict[str, Any], b: dict[str, Any], before: Path, after: Path) -> Iterator[str]:
@@ -324,7 +327,10 @@ def _arrays(a: dict[str, Any], b: dict[str, Any], before: Path, after: Path) -> 
                 if apart.size
                 else "no numbers"
             )
-            yield f"{path or 'result'}: largest difference {apart[place]:.3g} ({at}), {count} of {apart.size} numbers"
+            yield (
+                f"{path or 'result'}: largest difference {apart[place]:.3g} ({at}), {count} of "
+                f"{apart.size} numbers"
+            )
 
 
 def _array(file: Path, index: int) -> np.ndarray | None:
@@ -343,14 +349,18 @@ def _notes(a: dict[str, Any], b: dict[str, Any]) -> Iterator[str]:
     for key in sorted({*old, *new}):
         if old.get(key, "absent") != new.get(key, "absent"):
             place = key.split(":")[-1].split("/")
-            yield f"{'/'.join(place[-2:])}: {_short(old.get(key, 'absent'))} -> {_short(new.get(key, 'absent'))}"
+            yield (
+                f"{'/'.join(place[-2:])}: {_short(old.get(key, 'absent'))} -> "
+                f"{_short(new.get(key, 'absent'))}"
+            )
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, dict) and len(value) > MANY:
         yield (
             path,
-            f"{len(value)} entries, SHA-256 {hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]}",
+            f"{len(value)} entries, SHA-256 "
+            f"{hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]}",
         )
     elif isinstance(value, dict) and value:
         for key, part in value.items():
@@ -368,12 +378,14 @@ def report(verdicts: list[Verdict], quiet: bool) -> int:
     width = max((len(v.name) for v in verdicts), default=0)
     for v in (v for v in verdicts if not (quiet and v.good)):
         print(
-            f"{v.name:<{width}}  {v.seconds[0]:6.2f} {v.seconds[1]:6.2f}  {'' if v.good else 'DIFFERS: '}{v.result}"
+            f"{v.name:<{width}}  {v.seconds[0]:6.2f} {v.seconds[1]:6.2f}  "
+            f"{'' if v.good else 'DIFFERS: '}{v.result}"
         )
     notes = Counter(note for v in verdicts if v.good for note in dict.fromkeys(v.notes))
     if notes:
         print(
-            "notes: differences between texts of equal cases, which don't count; how many, and the first"
+            "notes: differences between texts of equal cases, which don't count; "
+            "how many, and the first"
         )
     for note, count in notes.most_common(NOTES):
         print(f"  {note} ({count}: {next(v.name for v in verdicts if note in v.notes)})")
@@ -382,7 +394,8 @@ def report(verdicts: list[Verdict], quiet: bool) -> int:
     bad = [v for v in verdicts if not v.good]
     sums = [sum(v.seconds[k] for v in verdicts) for k in (0, 1)]
     print(
-        f"{len(verdicts)} cases, {len(verdicts) - len(bad)} equal, {len(bad)} not; {sums[0]:.0f} s before, {sums[1]:.0f} s after"
+        f"{len(verdicts)} cases, {len(verdicts) - len(bad)} equal, {len(bad)} not; "
+        f"{sums[0]:.0f} s before, {sums[1]:.0f} s after"
     )
     if not verdicts:
         print("no case has such a name: see --list")

@@ -17,9 +17,9 @@ The autoencoder has the shape of Stable Diffusion's and random weights, as its n
 are there whatever the weights; the latent is normal noise, the image to encode uniform noise. Each
 way runs in a process of its own. Its peak is the largest resident memory (VmHWM of Linux) above
 what was resident before: weights, libraries and a first small run. diffusers, if it is installed,
-has the same weights; its tiles are as large as ours. Errors are of images in [-1, 1], or of the
-posterior's means (of its own units), against the first way; PSNR is 10 log10(range^2 / mean squared
-error), where the range is 2 for pixels, and from the lowest to the highest for means.
+has the same weights; its tiles are as large as those of sfumato. Errors are of images in [-1, 1],
+or of the posterior's means (of its own units), against the first way; PSNR is 10 log10(range^2 /
+mean squared error), where the range is 2 for pixels, and from the lowest to the highest for means.
 """
 
 import json
@@ -48,7 +48,7 @@ from sfumato.io.atomic import write_tensors
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared."""
+    """Settings of the comparison."""
 
     size: int = 512
     """Pixels along a side."""
@@ -66,16 +66,18 @@ class Settings:
 
     @property
     def title(self) -> str:
-        """What every way has in common."""
+        """Values that all ways have in common."""
         return (
-            f"{self.size}x{self.size}, {self.dtype}, tiles of {self.tile} cells, seed {self.seed}, {torch.__version__}, "
+            f"{self.size}x{self.size}, {self.dtype}, tiles of {self.tile} cells, seed {self.seed}, "
+            f"{torch.__version__}, "
             f"{self.threads} threads"
         )
 
 
 def build(settings: Settings) -> AutoencoderKL:
-    """Of Stable Diffusion's shape. The last convolution is smaller than torch makes it, so that few
-    pixels are limited to [-1, 1].
+    """Of Stable Diffusion's shape.
+
+    The last convolution is smaller than torch makes it, so that few pixels are limited to [-1, 1].
     """
     torch.manual_seed(settings.seed)
     autoencoder = AutoencoderKL(
@@ -87,16 +89,16 @@ def build(settings: Settings) -> AutoencoderKL:
     return autoencoder.eval().requires_grad_(False).to(getattr(torch, settings.dtype))
 
 
-def reference(autoencoder: AutoencoderKL, settings: Settings, tiles: bool) -> Any:
+def diffusers_autoencoder(autoencoder: AutoencoderKL, settings: Settings, tiles: bool) -> Any:
     """diffusers' autoencoder with the same weights."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as Reference
+    import diffusers
 
     config = {
         k: v
         for k, v in autoencoder.to_config().items()
         if k not in ("_class_name", "latents_mean", "latents_std")
     }
-    other: Any = Reference.from_config(config)
+    other: Any = diffusers.AutoencoderKL.from_config(config)
     other.load_state_dict(autoencoder.state_dict())
     if tiles:
         other.enable_tiling()
@@ -110,7 +112,7 @@ def runner(settings: Settings, way: str, part: str) -> Callable[[Tensor], Tensor
     autoencoder, decodes = build(settings), part == "decode"
     kind, *numbers = way.split()
     if kind == "diffusers":
-        other = reference(autoencoder, settings, tiles="tiled" in numbers)
+        other = diffusers_autoencoder(autoencoder, settings, tiles="tiled" in numbers)
         if decodes:
             return lambda z: other.decode(z.to(other.dtype)).sample.float().clamp(-1, 1)
         return lambda image: other.encode(image.to(other.dtype)).latent_dist.mean.float()
@@ -174,7 +176,8 @@ def results(settings: Settings, way: str, part: str, folder: Path) -> tuple[dict
     result = json.loads(numbers.read_text())
     if result["title"] != settings.title:
         raise SystemExit(
-            f"{folder} is of another run ({result['title']}): give another folder to keep this one in ({settings.title})"
+            f"{folder} is of another run ({result['title']}): give another folder to keep this one "
+            f"in ({settings.title})"
         )
     return result, load_file(folder / "made.safetensors")["made"]
 
@@ -238,7 +241,8 @@ def main() -> None:
                     else ""
                 )
                 below.append(
-                    f"{part} {settings.ways[0]}: standard deviation {float(first[1].std()):.3f}{limited}"
+                    f"{part} {settings.ways[0]}: standard deviation "
+                    f"{float(first[1].std()):.3f}{limited}"
                 )
     console.print(table)
     console.print("\n".join(below))

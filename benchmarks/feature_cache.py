@@ -1,4 +1,4 @@
-"""What a feature cache saves and what it costs, against the same run with every call whole.
+"""Savings and errors of a feature cache, against the same run with every call whole.
 
     python benchmarks/feature_cache.py
 
@@ -32,7 +32,7 @@ from sfumato.registry import find
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared."""
+    """Settings of the comparison."""
 
     model: str = "fashion"
     n: int = 64
@@ -41,7 +41,7 @@ class Settings:
     seed: int = 0
     every: tuple[int, ...] = (1, 2, 3, 5)
     skips: tuple[int, ...] = (1, 2)
-    """Where the network is cut: how many of its skips stay above."""
+    """Number of skips above the cut of the network."""
     calls: tuple[int, ...] = (0, 1, 2, 4, 7, 11, 16)
     """A schedule of key calls, at the first of `skips`."""
     thresholds: tuple[float, ...] = (0.2, 0.4)
@@ -97,7 +97,8 @@ def main(settings: Settings) -> None:
     ]
     run(model, settings, 2)  # the first pass of a process is slower
     table = Table(
-        title=f"{settings.model}, {settings.n} images, {settings.steps} steps, seed {settings.seed}, {torch.__version__}, 1 thread"
+        title=f"{settings.model}, {settings.n} images, {settings.steps} steps, seed "
+        f"{settings.seed}, {torch.__version__}, 1 thread"
     )
     for column in (
         "key calls",

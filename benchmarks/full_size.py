@@ -36,7 +36,7 @@ PROMPT = "a cat and a red dog"
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared."""
+    """Settings of the comparison."""
 
     family: Literal["sd15", "sdxl"] = "sd15"
     size: int = 512
@@ -44,9 +44,8 @@ class Settings:
     steps: int = 2
     threads: int = 2
     folder: Path | None = None
-    """Where the model is written, and kept; found there, it is used again. Default: a temporary
-    folder."""
-    ways: tuple[str, ...] = ("diffusers", "ours", "ours optimized")
+    """Folder of the model, kept and used again. Default: a temporary folder."""
+    ways: tuple[str, ...] = ("diffusers", "sfumato", "sfumato optimized")
 
 
 def run(way: str, folder: Path, settings: Settings, out: Path) -> None:

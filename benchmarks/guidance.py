@@ -69,7 +69,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     groups = {"quick": [FIXED[0], VARYING[1]], "all": FIXED + VARYING + OTHERS}
-    request = groups.get(options.settings) or [text.strip() for text in options.settings.split(";")]
+    lines = groups.get(options.settings) or [text.strip() for text in options.settings.split(";")]
 
     model, features = load(options.model), load_features("fashion")
     images = {
@@ -98,7 +98,8 @@ def main() -> None:
         return torch.cat(parts)
 
     print(
-        f"{options.samples} samples, {options.sampler}, {options.steps} steps, {options.spacing or 'default spacing'}, seed {options.seed}\n"
+        f"{options.samples} samples, {options.sampler}, {options.steps} steps, "
+        f"{options.spacing or 'default spacing'}, seed {options.seed}\n"
     )
     print_header(
         "guidance",
@@ -119,7 +120,7 @@ def main() -> None:
         *[""] * 6,
     )
     first: Tensor | None = None
-    for text in request:
+    for text in lines:
         passes[0], begin = 0, time.perf_counter()
         samples = draw(text, options.samples, options.seed)
         seconds, calls = time.perf_counter() - begin, passes[0] / options.samples

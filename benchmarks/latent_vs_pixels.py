@@ -51,7 +51,7 @@ from sfumato.types import LatentSpace
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared."""
+    """Settings of the comparison."""
 
     model: str = "fashion"
     """The model whose autoencoder makes the latents."""
@@ -60,7 +60,7 @@ class Settings:
     """Steps of the latent run; the pixel run gets the same floating-point operations."""
     batch_size: int = 128
     points: int = 4
-    """How often the Frechet distance is measured, evenly over the run."""
+    """Number of measurements of the Frechet distance, evenly over the run."""
     samples: int = 500
     sampling_steps: int = 10
     lr: float = 1e-3
@@ -199,8 +199,10 @@ class Run:
         s = self.settings
         every = max(1, steps // s.points)
         loop = LoopSettings(
-            steps=every * s.points, batch_size=s.batch_size, lr=s.lr, warmup=min(100, steps // 10), decay="cosine", final_lr=0.05,
-            betas=(0.9, 0.99), ema=0.99, precision="bf16", seed=s.seed, save_every=10**9, show_every=every, log_every=max(1, every // 10),
+            steps=every * s.points, batch_size=s.batch_size, lr=s.lr, warmup=min(100, steps // 10),
+            decay="cosine", final_lr=0.05,
+            betas=(0.9, 0.99), ema=0.99, precision="bf16", seed=s.seed, save_every=10**9,
+            show_every=every, log_every=max(1, every // 10),
         )  # fmt: skip
         self.started = perf_counter()
         train(self.objective, loop, s.out / self.name)
@@ -283,7 +285,8 @@ def main(settings: Settings) -> None:
     with FlopCounterMode(display=False) as counted:
         autoencoder.requires_grad_(True)(pixels[:8])[0].square().mean().backward()
     table = Table(
-        title=f"The same U-Net on pixels and on latents, {budget / 1e15:.2f} PFLOP each, batch {settings.batch_size}; floor {floor:.3f}"
+        title=f"The same U-Net on pixels and on latents, {budget / 1e15:.2f} PFLOP each, batch "
+        f"{settings.batch_size}; floor {floor:.3f}"
     )
     for column in (
         "",
@@ -310,7 +313,8 @@ def main(settings: Settings) -> None:
     console.print(table)
     image_cost = counted.get_total_flops() / 8
     console.print(
-        f"not in the latent run: training its autoencoder ({image_cost / 1e9:.2f} GFLOP an image, paid once) and encoding the data "
+        f"not in the latent run: training its autoencoder ({image_cost / 1e9:.2f} GFLOP an image, "
+        "paid once) and encoding the data "
         f"({image_cost / 6 * len(images) / 1e15:.3f} PFLOP, once)"
     )
     picture(runs, floor, settings.out / "latent_vs_pixels.png")

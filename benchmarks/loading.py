@@ -29,7 +29,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared."""
+    """Settings of the comparison."""
 
     stored: Dtype = "float32"
     """The dtype of the files."""
@@ -37,9 +37,8 @@ class Settings:
     """The dtype that the model is opened in."""
     repeats: int = 3
     folder: Path | None = None
-    """Where the model is written, and kept; found there, it is used again. Default: a temporary
-    folder."""
-    ways: tuple[str, ...] = ("diffusers", "ours", "ours optimized")
+    """Folder of the model, kept and used again. Default: a temporary folder."""
+    ways: tuple[str, ...] = ("diffusers", "sfumato", "sfumato optimized")
 
 
 @torch.inference_mode()
@@ -87,7 +86,8 @@ def main() -> None:
             getattr(torch, settings.stored),
         )
         print(
-            f"{weights_size(folder):.2f} GB in {settings.stored}, opened in {settings.dtype}; torch {torch.__version__}\n"
+            f"{weights_size(folder):.2f} GB in {settings.stored}, opened in {settings.dtype}; "
+            f"torch {torch.__version__}\n"
         )
         costs: dict[str, list[list[float]]] = {way: [] for way in settings.ways}
         for turn in range(settings.repeats + 1):  # the first turn fills the page cache

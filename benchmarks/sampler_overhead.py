@@ -1,5 +1,4 @@
-"""What a run costs beside the network: the sampler's algebra, guidance, checks, questions and
-answers.
+"""Cost of a run beside the network: the sampler's algebra, guidance, checks and calls.
 
     python benchmarks/sampler_overhead.py [--n 16] [--steps 20] [--repeats 15] [--samplers ddim ...]
     [--guidance 1.5] [--diffusers]
@@ -8,9 +7,9 @@ Every sampler of the registry on the bundled model: seconds of whole runs, less 
 the network's `forward`, per network call and as a share of one. The limit is the algebra's own
 memory traffic: a few passes over x, which is 1000 times smaller than the network's activations.
 With --diffusers the same network runs in the loop of its pipelines too, with guidance at every
-step, as they have it (give ours --guidance 1.5 for that): two copies of the latent in one batch,
-`chunk`, the line through both, `scheduler.step`. Decoding and drawing the first noise are not part
-of a run's steps and are left out by running from given noise to latents.
+step, as they have it (--guidance 1.5 gives sfumato the same): two copies of the latent in one
+batch, `chunk`, the line through both, `scheduler.step`. Decoding and drawing the first noise are
+not part of a run's steps and are left out by running from given noise to latents.
 """
 
 import argparse
@@ -55,7 +54,8 @@ def main() -> None:
     network.forward = timed_forward
     noise = torch.randn(options.n, *(12, 7, 7), generator=torch.Generator().manual_seed(0))
     print(
-        f"n={options.n}, {options.steps} steps, {torch.get_num_threads()} threads, torch {torch.__version__}, median of {options.repeats} runs\n"
+        f"n={options.n}, {options.steps} steps, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, median of {options.repeats} runs\n"
     )
     print_header("sampler", "calls", "ms a call in the network", "ms beside it", "share")
 
@@ -72,23 +72,24 @@ def main() -> None:
 
     for name in options.samplers or names("diffuse.samplers"):
         if not traits_of(find("diffuse.samplers", name)).inverts:
-            request = {
+            values = {
                 "n": options.n,
                 "steps": options.steps,
                 "sampler": name,
                 "noise": noise,
                 "guidance": options.guidance,
             }
-            report(name, lambda request=request: model.generate("bag", **request, output="latent"))
+            report(name, lambda values=values: model.generate("bag", **values, output="latent"))
     if options.diffusers:
         for name in ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"):
             report(
-                f"diffusers {name}", lambda name=name: reference(name, model, noise, options.steps)
+                f"diffusers {name}",
+                lambda name=name: diffusers_run(name, model, noise, options.steps),
             )
 
 
 @torch.inference_mode()
-def reference(
+def diffusers_run(
     name: str, model: LatentDiffusion, noise: Tensor, steps: int, guidance: float = 1.5
 ) -> Tensor:
     """The denoising loop of diffusers' pipelines with guidance, on a flow."""
@@ -101,10 +102,10 @@ def reference(
     for t in scheduler.timesteps:
         both = torch.cat([latents] * 2)
         y = model.denoiser.network(both, t.expand(len(both)), Conditioning(vector=vector))
-        free, inputs = y.chunk(2)
-        latents = scheduler.step(free + guidance * (inputs - free), t, latents, return_dict=False)[
-            0
-        ]
+        unconditional, conditional = y.chunk(2)
+        latents = scheduler.step(
+            unconditional + guidance * (conditional - unconditional), t, latents, return_dict=False
+        )[0]
     return latents
 
 

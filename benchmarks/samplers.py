@@ -56,7 +56,7 @@ COLOURS = {1: "#7a7a7a", 2: "#1f6fb4", 3: "#d1570d", 4: "#2c8a4b"}
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured."""
+    """Settings of the measurement."""
 
     steps: tuple[int, ...] = (4, 6, 8, 12, 16, 24, 32, 64, 128)
     """Of the curves in the picture."""
@@ -343,7 +343,7 @@ def network(settings: Settings, promised: dict[str, Traits]) -> list[list[str]]:
     """Errors with a trained network, against the flow that it defines itself."""
     model = load(settings.model)
     chosen, classes = model.denoiser.process.schedule, model.class_names or [None]
-    inputs = model.conditioner([classes[k % len(classes)] for k in range(20)])
+    cond = model.conditioner([classes[k % len(classes)] for k in range(20)])
     side = model.sample_size // model.autoencoder.space.factor
     generator = torch.Generator().manual_seed(settings.seed)
     x = math.hypot(*chosen.point(1.0)) * torch.randn(
@@ -351,7 +351,7 @@ def network(settings: Settings, promised: dict[str, Traits]) -> list[list[str]]:
     )
 
     def denoise(x: Tensor, t: float) -> Prediction:
-        return model.denoiser(x, t, inputs)
+        return model.denoiser(x, t, cond)
 
     def ask(y: Tensor, alpha: float, sigma: float) -> Tensor:
         t = 1.0 if alpha == 0 else chosen.at_noise_level(sigma / alpha)
@@ -367,9 +367,8 @@ def network(settings: Settings, promised: dict[str, Traits]) -> list[list[str]]:
                 for n in range(1, budget + 1)
                 if calls(sampler, timesteps("trailing", n, chosen), chosen) <= budget
             )
-            cells.append(
-                f"{distance(run(name, x, timesteps('trailing', steps, chosen), chosen, denoise), end):.3f}"
-            )
+            result = run(name, x, timesteps("trailing", steps, chosen), chosen, denoise)
+            cells.append(f"{distance(result, end):.3f}")
         rows.append([f"`{name}`", *cells])
     return rows
 
@@ -423,8 +422,9 @@ def apart(places: Sequence[float], heights: Sequence[float], bottom: float) -> l
 
 
 def lines(axes: Any, curves: dict[str, Curve], promised: dict[str, Traits]) -> None:
-    """Errors over calls with their names at the right. Colour: order; dashed: several calls a
-    step.
+    """Errors over calls with their names at the right.
+
+    Colour: order; dashed: several calls a step.
     """
     errors = [e for c in curves.values() for e in c.errors]
     axes.set(
@@ -566,7 +566,10 @@ def picture(
         axes.grid(alpha=0.25, which="major", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8.5)
-    words = "A Gaussian mixture's exact denoiser, flow schedule. Colour: promised order (grey 1, blue 2, orange 3, green 4); dashed: several calls a step"
+    words = (
+        "A Gaussian mixture's exact denoiser, flow schedule. Colour: "
+        "promised order (grey 1, blue 2, orange 3, green 4); dashed: several calls a step"
+    )
     figure.text(0.055, 0.945, words, fontsize=10)
     settings.picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(settings.picture, dpi=110)
@@ -589,7 +592,10 @@ def main(settings: Settings) -> None:
     smooth["dpmpp_3m:published=true"] = Traits(order=2)  # as other implementations have it
     if settings.model:
         shown = ", ".join(map(str, settings.budgets[:4]))
-        title = f"{settings.model}: error of latents at {shown} calls, 20 images, spacing trailing, seed {settings.seed}"
+        title = (
+            f"{settings.model}: error of latents at {shown} calls, 20 images, spacing "
+            f"trailing, seed {settings.seed}"
+        )
         table(title, ["sampler", *map(str, settings.budgets[:4])], network(settings, smooth))
         return
     part, runs, columns = (
@@ -614,7 +620,10 @@ def main(settings: Settings) -> None:
     shown = rough | {name: smooth[name] for name in ("ddim", "dpmpp_2m", "unipc")}
     samples, floor = stochastic(settings, shown)
     rows = [[f"`{name}`", *(cells(samples.at[name, *r]) for r in RUNS)] for name in shown]
-    title = f"Wasserstein-1 distance of {settings.samples:,} samples at {budgets} calls; ten exact draws {min(floor):.3f} to {max(floor):.3f}"
+    title = (
+        f"Wasserstein-1 distance of {settings.samples:,} samples at {budgets} calls; "
+        f"ten exact draws {min(floor):.3f} to {max(floor):.3f}"
+    )
     table(title, ["sampler", *columns], rows)
     title = "The same in 1, 2 and 4 calls for samplers of distilled models, over a flow"
     table(

@@ -42,7 +42,7 @@ from sfumato.types import Conditioning
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared."""
+    """Settings of the comparison."""
 
     model: str = "fashion"
     """The model whose autoencoder makes the latents."""
@@ -87,8 +87,10 @@ class Bench:
         """The network of a width, with the same first weights in every run."""
         channels, side = self.model.autoencoder.space.channels, self.latents.shape[-1]
         config = ModernDiTConfig(
-            sample_size=side, in_channels=channels, patch_size=1, num_layers=self.settings.depth, num_attention_heads=width // 32,
-            attention_head_dim=32, register_tokens=2, num_class_embeds=len(self.conditioner.names) + 1,
+            sample_size=side, in_channels=channels, patch_size=1, num_layers=self.settings.depth,
+            num_attention_heads=width // 32,
+            attention_head_dim=32, register_tokens=2,
+            num_class_embeds=len(self.conditioner.names) + 1,
         )  # fmt: skip
         torch.manual_seed(self.settings.seed)
         return ModernDiT(config)
@@ -153,8 +155,10 @@ class Bench:
         flops, parameters = self.flops(network), sum(p.numel() for p in network.parameters())
         steps = max(20, round(pflop * 1e15 / flops))
         loop = LoopSettings(
-            steps=steps, batch_size=s.batch_size, lr=s.lr * math.sqrt(128 / width), warmup=min(100, steps // 8), decay="cosine",
-            final_lr=0.02, betas=(0.9, 0.99), weight_decay=0.01, ema=1 - 10 / steps, precision="bf16", seed=s.seed, save_every=10**9,
+            steps=steps, batch_size=s.batch_size, lr=s.lr * math.sqrt(128 / width),
+            warmup=min(100, steps // 8), decay="cosine",
+            final_lr=0.02, betas=(0.9, 0.99), weight_decay=0.01, ema=1 - 10 / steps,
+            precision="bf16", seed=s.seed, save_every=10**9,
             show_every=10**9, log_every=max(1, steps // 20),
         )  # fmt: skip
         objective = DenoiserObjective(
@@ -249,7 +253,8 @@ def main(settings: Settings) -> None:
         for key in ("loss", "frechet")
     }
     table = Table(
-        title=f"Diffusion transformers of {settings.depth} layers, batch {settings.batch_size}; floor {bench.floor:.3f}"
+        title=f"Diffusion transformers of {settings.depth} layers, batch {settings.batch_size}; "
+        f"floor {bench.floor:.3f}"
     )
     for column in (
         "width",
@@ -274,7 +279,8 @@ def main(settings: Settings) -> None:
     for key, points in best.items():
         a, b = exponent(points, key)
         console.print(
-            f"{key}: {a:.4g} * PFLOP^-{b:.3f} through the best width of each budget ({', '.join(str(p['width']) for p in points)})"
+            f"{key}: {a:.4g} * PFLOP^-{b:.3f} through the best width of each budget "
+            f"({', '.join(str(p['width']) for p in points)})"
         )
     picture(result, best, bench.floor, settings.out / "scaling.png")
     facts = {k: str(v) for k, v in vars(replace(settings)).items()}

@@ -1,18 +1,19 @@
-"""One call of Stable Diffusion 1.5's U-Net (860 M parameters), batch 2, 64x64 latents: ours beside
-diffusers, on the same weights, in one run.
+"""One call of Stable Diffusion 1.5's U-Net (860 M parameters), batch 2, 64x64 latents.
+
+sfumato and diffusers are compared on the same weights, in one run.
 
     python benchmarks/sd15_step.py [--dtypes float32 bfloat16] [--compile] [--repeats 3] [--threads
     2] [--device cpu]
 
-"ours packed" is what `LatentDiffusion.optimized()` and the command line run on the CPU
-(inference/prepack.py), "ours compiled" is `optimized(compile=True)`: torch.compile with constant
+"sfumato packed" is what `LatentDiffusion.optimized()` and the command line run on the CPU
+(inference/prepack.py), "sfumato compiled" is `optimized(compile=True)`: torch.compile with constant
 weights. Ways take turns, so that a machine that changes its pace changes it for all; the median of
-each is printed, and two limits: the same arithmetic, and that of "ours packed", which needs fewer
-products (kernels/winograd.py), at the machine's rate for a plain 3x3 convolution of the network's
-shape (320 channels at 64x64), measured in the same run. --compile adds torch.compile of both
-(minutes each). Weights are random: they do not change the time. Differences are to diffusers eager
-in float32 with the same (rounded) weights: the largest over the largest number of the output, and
-the root mean square over the output's.
+each is printed, and two limits: the same arithmetic, and that of "sfumato packed", which needs
+fewer products (kernels/winograd.py), at the machine's rate for a plain 3x3 convolution of the
+network's shape (320 channels at 64x64), measured in the same run. --compile adds torch.compile of
+both (minutes each). Weights are random: they do not change the time. Differences are to diffusers
+eager in float32 with the same (rounded) weights: the largest over the largest number of the output,
+and the root mean square over the output's.
 """
 
 import torch
@@ -56,7 +57,9 @@ def winograd_savings(network: nn.Module, call: Call) -> int:
 
 
 @torch.inference_mode()
-def compare(actual: nn.Module, reference: nn.Module, name: str, settings: StepSettings) -> None:
+def compare(
+    sfumato_unet: nn.Module, diffusers_unet: nn.Module, name: str, settings: StepSettings
+) -> None:
     """Print a table row a way."""
     dtype, device = getattr(torch, name), settings.device
     generator = torch.Generator().manual_seed(1)
@@ -65,21 +68,21 @@ def compare(actual: nn.Module, reference: nn.Module, name: str, settings: StepSe
     t = torch.full((2,), 500.0, device=device)
     cond = Conditioning(tokens=tokens)
     ways: dict[str, Call] = {
-        "diffusers eager": lambda: reference(x, t, encoder_hidden_states=tokens).sample,
-        "ours eager": lambda: actual(x, t, cond),
+        "diffusers eager": lambda: diffusers_unet(x, t, encoder_hidden_states=tokens).sample,
+        "sfumato eager": lambda: sfumato_unet(x, t, cond),
     }
-    if can_prepack(actual):
-        quick = prepack(actual)
-        ways["ours packed"] = lambda: quick(x, t, cond)
+    if can_prepack(sfumato_unet):
+        quick = prepack(sfumato_unet)
+        ways["sfumato packed"] = lambda: quick(x, t, cond)
     if settings.compile:
-        fast, slow = compile_network(actual), torch.compile(reference)
+        fast, slow = compile_network(sfumato_unet), torch.compile(diffusers_unet)
         ways |= {
             "diffusers compiled": lambda: slow(x, t, encoder_hidden_states=tokens).sample,
-            "ours compiled": lambda: fast(x, t, cond),
+            "sfumato compiled": lambda: fast(x, t, cond),
         }
-    reference.float()
-    expected = reference(x.float(), t, encoder_hidden_states=tokens.float()).sample
-    reference.to(dtype)
+    diffusers_unet.float()
+    expected = diffusers_unet(x.float(), t, encoder_hidden_states=tokens.float()).sample
+    diffusers_unet.to(dtype)
     error = {way: differences(call().float(), expected) for way, call in ways.items()}
     seconds = median_seconds(ways, settings.repeats, device)
     base = seconds["diffusers eager"]
@@ -91,9 +94,9 @@ def compare(actual: nn.Module, reference: nn.Module, name: str, settings: StepSe
     )
     rate = machine_rate(lambda: conv(image), 2 * 320 * 320 * 9 * 2 * 64 * 64, device)
     counts = {"limit": operations(ways["diffusers eager"])}
-    if "ours packed" in ways:
-        counts["limit of ours packed"] = counts["limit"] - winograd_savings(
-            quick, ways["ours packed"]
+    if "sfumato packed" in ways:
+        counts["limit of sfumato packed"] = counts["limit"] - winograd_savings(
+            quick, ways["sfumato packed"]
         )
     for way, count in counts.items():
         limit = f"{way}: {count / 1e12:.2f} TFLOP at {rate / 1e9:.0f} GFLOP/s"
@@ -106,15 +109,16 @@ def main(settings: StepSettings) -> None:
     import diffusers
 
     with torch.device("meta"):
-        actual, reference = (
+        sfumato_unet, diffusers_unet = (
             UNet(UNetConfig(**SD15_UNET)),
             diffusers.UNet2DConditionModel(**SD15_UNET),
         )
-    fill(actual)
-    reference.load_state_dict(actual.state_dict(), assign=True)
-    reference.eval().requires_grad_(False)
+    fill(sfumato_unet)
+    diffusers_unet.load_state_dict(sfumato_unet.state_dict(), assign=True)
+    diffusers_unet.eval().requires_grad_(False)
     print(
-        f"torch {torch.__version__}, diffusers {diffusers.__version__}, {settings.device}, {torch.get_num_threads()} threads\n"
+        f"torch {torch.__version__}, diffusers {diffusers.__version__}, {settings.device}, "
+        f"{torch.get_num_threads()} threads\n"
     )
     print_header(
         "dtype",
@@ -126,7 +130,10 @@ def main(settings: StepSettings) -> None:
     for name in settings.dtypes:
         dtype = getattr(torch, name)
         compare(
-            actual.to(settings.device, dtype), reference.to(settings.device, dtype), name, settings
+            sfumato_unet.to(settings.device, dtype),
+            diffusers_unet.to(settings.device, dtype),
+            name,
+            settings,
         )
 
 

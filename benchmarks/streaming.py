@@ -55,7 +55,7 @@ BLOCK = 31_500_000
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared."""
+    """Settings of the comparison."""
 
     weights: float = 8.0
     """GB of the U-Net."""
@@ -66,8 +66,7 @@ class Settings:
     steps: int = 4
     threads: int = 2
     folder: Path | None = None
-    """Where the model is written, and kept; found there, it is used again. Default: a temporary
-    folder."""
+    """Folder of the model, kept and used again. Default: a temporary folder."""
     ways: tuple[str, ...] = ("in memory", "streamed", "cold")
 
 
@@ -186,10 +185,14 @@ def main() -> None:
     with TemporaryDirectory() as temporary:
         begin = perf_counter()
         folder = write(settings.folder or Path(temporary) / "model", settings.weights)
-        weights = f"{weights_size(folder):.2f} GB of weights in bfloat16 (written in {perf_counter() - begin:.0f} s)"
+        weights = (
+            f"{weights_size(folder):.2f} GB of weights in bfloat16 (written in "
+            f"{perf_counter() - begin:.0f} s)"
+        )
         print(f"{weights}, {settings.size} pixels, {settings.steps} steps, ")
         print(
-            f"guidance 7.5, {settings.threads} threads, memory={settings.memory}; torch {torch.__version__}\n"
+            f"guidance 7.5, {settings.threads} threads, memory={settings.memory}; "
+            f"torch {torch.__version__}\n"
         )
         print_header(
             "way",

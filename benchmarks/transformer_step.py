@@ -1,5 +1,6 @@
-"""One call of SD 3.5 medium's and FLUX.1's transformers, cut to a few blocks: ours beside
-diffusers, on the same weights, in one run.
+"""One call of SD 3.5 medium's and FLUX.1's transformers, cut to a few blocks.
+
+sfumato and diffusers are compared on the same weights, in one run.
 
     python benchmarks/transformer_step.py [--kinds sd3 flux] [--dtypes float32 bfloat16] [--compile]
     [--size 1024] [--repeats 3] [--threads 2]
@@ -7,8 +8,8 @@ diffusers, on the same weights, in one run.
 Full width and full length: pictures of 1024 pixels are 4,096 tokens beside 333 (SD 3.5, batch 2 for
 guidance) or 512 (FLUX.1, batch 1) of text. Of SD 3.5 medium's 24 blocks 2 run (one of the 13 with
 two attentions, and the last kind), of FLUX.1's 19 + 38 one and one; --blocks 0: all of them, on a
-GPU (--device cuda). "ours packed" is what `LatentDiffusion.optimized()` and the command line run on
-the CPU, "ours compiled" is `optimized(compile=True)`. Ways take turns; the median of each is
+GPU (--device cuda). "sfumato packed" is what `LatentDiffusion.optimized()` and the command line run
+on the CPU, "sfumato compiled" is `optimized(compile=True)`. Ways take turns; the median of each is
 printed, and a limit: the same arithmetic at the machine's rate for a plain product of the network's
 shape, measured in the same run. Weights are random: they do not change the time. Differences are to
 diffusers eager in float32 with the same (rounded) weights: the largest over the largest number of
@@ -52,7 +53,7 @@ class Settings(StepSettings):
 
 
 def pair(kind: str, blocks: int | None) -> tuple[nn.Module, nn.Module]:
-    """Ours and theirs, without memory for the weights."""
+    """Networks of sfumato and of diffusers, without memory for the weights."""
     import diffusers
 
     if kind == "sd3":
@@ -70,8 +71,9 @@ def pair(kind: str, blocks: int | None) -> tuple[nn.Module, nn.Module]:
 def calls(
     kind: str, size: int, dtype: torch.dtype, device: str
 ) -> tuple[Callable[[nn.Module], Call], Callable[[nn.Module], Call]]:
-    """How to call a network of ours, and one of theirs, with the same numbers. Theirs takes and
-    gives packed tokens (FLUX).
+    """Calls of a network of sfumato and of one of diffusers, on the same numbers.
+
+    FLUX of diffusers takes and returns packed tokens.
     """
     cells, generator = size // 8, torch.Generator(device).manual_seed(1)
 
@@ -107,7 +109,7 @@ def calls(
     )
     ids, text_ids = ids.reshape(-1, 3), torch.zeros(512, 3, device=device)
 
-    def reference(net: nn.Module) -> Call:
+    def call_diffusers(net: nn.Module) -> Call:
         def call() -> Tensor:
             like = pooled.dtype if net.dtype == pooled.dtype else net.dtype  # pyright: ignore
             tokens_of_x = (
@@ -118,7 +120,8 @@ def calls(
                 .reshape(batch, half * half, 64)
             )
             y = net(
-                tokens_of_x, encoder_hidden_states=tokens.to(like), pooled_projections=pooled.to(like), timestep=t.to(like) / 1000,
+                tokens_of_x, encoder_hidden_states=tokens.to(like),
+                pooled_projections=pooled.to(like), timestep=t.to(like) / 1000,
                 img_ids=ids, txt_ids=text_ids, guidance=strength.to(like),
             ).sample  # fmt: skip
             return (
@@ -129,33 +132,36 @@ def calls(
 
         return call
 
-    return lambda net: lambda: net(x, t, cond), reference
+    return lambda net: lambda: net(x, t, cond), call_diffusers
 
 
 @torch.inference_mode()
 def compare(kind: str, name: str, settings: Settings) -> None:
     """Print a table row a way."""
     dtype, device = getattr(torch, name), settings.device
-    actual, reference = pair(kind, settings.blocks or None)
-    fill(actual, device=device)
-    reference.load_state_dict(actual.state_dict(), assign=True)
-    reference.eval().requires_grad_(False)
-    actual.to(dtype), reference.to(dtype)
-    call_actual, call_reference = calls(kind, settings.size, dtype, device)
+    sfumato_network, diffusers_network = pair(kind, settings.blocks or None)
+    fill(sfumato_network, device=device)
+    diffusers_network.load_state_dict(sfumato_network.state_dict(), assign=True)
+    diffusers_network.eval().requires_grad_(False)
+    sfumato_network.to(dtype), diffusers_network.to(dtype)
+    call_sfumato, call_diffusers = calls(kind, settings.size, dtype, device)
     ways: dict[str, Call] = {
-        "diffusers eager": call_reference(reference),
-        "ours eager": call_actual(actual),
+        "diffusers eager": call_diffusers(diffusers_network),
+        "sfumato eager": call_sfumato(sfumato_network),
     }
-    if can_prepack(actual):
-        ways["ours packed"] = call_actual(prepack(actual))
+    if can_prepack(sfumato_network):
+        ways["sfumato packed"] = call_sfumato(prepack(sfumato_network))
     if settings.compile:
         ways |= {
-            "diffusers compiled": call_reference(torch.compile(reference)),
-            "ours compiled": call_actual(compile_network(actual)),
+            "diffusers compiled": call_diffusers(torch.compile(diffusers_network)),
+            "sfumato compiled": call_sfumato(compile_network(sfumato_network)),
         }
-    exact, (_, call_exact) = reference.float(), calls(kind, settings.size, torch.float32, device)
+    exact, (_, call_exact) = (
+        diffusers_network.float(),
+        calls(kind, settings.size, torch.float32, device),
+    )
     expected = call_exact(exact)()
-    reference.to(dtype)
+    diffusers_network.to(dtype)
     gc.collect()
     error = {way: differences(call().float(), expected) for way, call in ways.items()}
     seconds = median_seconds(ways, settings.repeats, device)

@@ -1,9 +1,9 @@
-"""Photographs of clothes from words, in FLUX.2's latent space: a diffusion transformer on the
-latents of a tiny autoencoder that is already trained.
+"""Diffusion transformer that draws photographs of clothes from captions.
 
-Pictures keep their aspect, in buckets of about 128 x 128 pixels: 16 x 16 latents of 32 channels, 64
-tokens of 2 x 2. A sentence encoder (all-MiniLM-L6-v2; Wang et al. 2020, arXiv:2002.10957) reads the
-captions. 40 minutes of one CPU core for 3,068 pictures.
+It works on FLUX.2's latents, of a tiny autoencoder that is already trained. Pictures keep their
+aspect, in buckets of about 128 x 128 pixels: 16 x 16 latents of 32 channels, 64 tokens of 2 x 2. A
+sentence encoder (all-MiniLM-L6-v2; Wang et al. 2020, arXiv:2002.10957) reads the captions. 40
+minutes of one CPU core for 3,068 pictures.
 
     sfumato train denoiser clothing --data.source clothing-256-train.parquet --autoencoder
     TAEF2_FOLDER --text MINILM_FOLDER --out runs/clothing

@@ -1,5 +1,6 @@
-"""Trains the classifier of Fashion-MNIST that the evaluation uses for its features: about 5 minutes
-on two cores.
+"""Train the classifier of Fashion-MNIST whose features the evaluation uses.
+
+It takes about 5 minutes on two cores.
 
     python recipes/fashion_classifier.py --out my-classifier
 
@@ -77,8 +78,9 @@ def read(split: str) -> tuple[Tensor, Tensor]:
 
 
 def augment(images: Tensor, shift: int, draw: torch.Generator) -> Tensor:
-    """Each image (B, 1, H, W) moved by its own -shift..shift pixels (black comes in) and flipped
-    with probability 1/2.
+    """Shift every image (B, 1, H, W) by -shift..shift pixels, and flip it with probability 1/2.
+
+    Each image has its own shift; black comes in at the border.
     """
     count, _, height, width = images.shape
     offset = torch.randint(0, 2 * shift + 1, (2, count, 1), generator=draw)
@@ -141,12 +143,14 @@ def train(
                 progress.update(bar, advance=1, epoch=epoch + 1, loss=mean_loss)
             if not console.is_terminal:  # a log file shows no bar
                 console.print(
-                    f"epoch {epoch + 1}/{settings.epochs}  loss {mean_loss:.4f}  {time.perf_counter() - start:.1f} s"
+                    f"epoch {epoch + 1}/{settings.epochs}  loss {mean_loss:.4f}  "
+                    f"{time.perf_counter() - start:.1f} s"
                 )
     return fold(network)
 
 
 def main() -> None:
+    """Train the classifier, save it, and print its accuracy."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -189,7 +193,8 @@ def main() -> None:
         table.add_row(name, f"{100 * share:.1f}")
     console.print(table)
     console.print(
-        f"{100 * total:.2f} % of {len(test_labels)} test images, trained in {seconds:.0f} s, saved in {arguments.out}",
+        f"{100 * total:.2f} % of {len(test_labels)} test images, trained in {seconds:.0f} s, saved "
+        f"in {arguments.out}",
         soft_wrap=True,
     )
 

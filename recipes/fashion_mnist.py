@@ -1,10 +1,11 @@
-"""Ours for Fashion-MNIST: the recipe of the bundled model "fashion". Both stages together take less
-than an hour of 2 CPU cores.
+"""Recipe of the bundled model "fashion", trained on Fashion-MNIST.
+
+Both stages together take less than an hour of 2 CPU cores.
 
 Act 1: 28x28 grey -> 7x7 latents of 12 channels; L1, KL 1e-6, PatchGAN in the last part. Act 3: a
 small U-Net, rectified flow, uniform times, a high learning rate with warm-up and decay, and an
 average of the weights. Three conditions in ten are dropped, so that the classes come out evenly
-when none is asked for.
+when a request names none.
 
     sfumato train autoencoder fashion_mnist --out runs/fashion && sfumato train denoiser
     fashion_mnist --out runs/fashion

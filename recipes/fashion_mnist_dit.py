@@ -1,7 +1,8 @@
-"""A diffusion transformer for Fashion-MNIST, on the bundled model's latents and for the compute of
-its U-Net: 0.42 PFLOP (FLOPs counted by torch).
+"""Diffusion transformer for Fashion-MNIST, on the bundled model's latents.
 
-sfumato train denoiser fashion_mnist_dit --out runs/fashion-dit
+It has the compute of the bundled model's U-Net: 0.42 PFLOP (FLOPs counted by torch).
+
+    sfumato train denoiser fashion_mnist_dit --out runs/fashion-dit
 """
 
 from pathlib import Path

@@ -12,7 +12,7 @@ from typing import Any, Self, get_args, runtime_checkable
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# tests compare bits, and say so when they want a GPU
+# tests compare bits; those that need a GPU set it themselves
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 from beartype import BeartypeConf, FrozenDict, beartype

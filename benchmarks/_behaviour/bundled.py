@@ -123,7 +123,7 @@ def _cases(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"generate/{name}, pixels", partial(draw, output="tensor", **values)
     for output in ("pil", "tensor"):
         yield f"generate/output {output}", partial(draw, output=output, n=2)
-    yield from _inputs(context, draw)
+    yield from _tensors(context, draw)
     yield from _acts(context)
     yield from _tasks(context)
     yield from _loaded(context)
@@ -166,7 +166,7 @@ def _guidance(
         )
 
 
-def _inputs(
+def _tensors(
     context: "Context", draw: Callable[..., Any]
 ) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Requests with tensors in them, and several requests at once."""
@@ -187,21 +187,21 @@ def _inputs(
 
     yield "request/noise", lambda: draw(noise=noise(2), n=2)
     yield "request/noise with sampler's own", lambda: draw(noise=noise(), sampler="euler_ancestral")
-    yield "request/known region", lambda: draw(available=(noise(1, 2) * 0.5, mask()), n=2)
+    yield "request/known region", lambda: draw(known_region=(noise(1, 2) * 0.5, mask()), n=2)
     yield (
         "request/known region, ancestral",
-        lambda: draw(available=(noise(1, 2) * 0.5, mask()), sampler="dpmpp_2m_sde", guidance=3),
+        lambda: draw(known_region=(noise(1, 2) * 0.5, mask()), sampler="dpmpp_2m_sde", guidance=3),
     )
     yield (
         "request/known region, canvas, cache",
         lambda: draw(
-            available=(torch.cat([noise(1, 2)] * 2, 3), torch.cat([mask(), mask()], 3)),
+            known_region=(torch.cat([noise(1, 2)] * 2, 3), torch.cat([mask(), mask()], 3)),
             width=56,
             canvas=(7, 3),
             cache=2,
         ),
     )
-    yield "request/blind start", lambda: run(available=(noise(1, 2), mask()), blind_start=True)
+    yield "request/blind start", lambda: run(known_region=(noise(1, 2), mask()), blind_start=True)
     yield "request/begin", lambda: run(begin=noise(1, 3) * 0.5, timesteps=[0.6, 0.3, 0.1, 0.0], n=2)
     yield "request/resume", lambda: run(resume=noise(1, 4), timesteps=[0.6, 0.3, 0.1, 0.0])
     yield "request/draws used before", lambda: run(drawn=3, sampler="ddpm", n=2)

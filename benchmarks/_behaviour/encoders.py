@@ -29,13 +29,16 @@ MISTRAL_MARKS = [
     "[IMG]",
 ]
 MISTRAL_CHAT = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content[0].text }}[/SYSTEM_PROMPT]"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}[SYSTEM_PROMPT]"
+    "{{ m.content[0].text }}[/SYSTEM_PROMPT]"
     "{% else %}[INST]{{ m.content[0].text }}[/INST]{% endif %}{% endfor %}"
 )
 QWEN_MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 QWEN_CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}"
-    "<|im_start|>assistant\n{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "<|im_start|>assistant\n{% if enable_thinking is defined and enable_thinking is false %}"
+    "<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 
 
@@ -114,7 +117,8 @@ def sentencepiece() -> bytes:
 
     file = io.BytesIO()
     SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 20), model_writer=file, vocab_size=60, model_type="unigram", pad_id=0, eos_id=1, unk_id=2,
+        sentence_iterator=iter(SENTENCES * 20), model_writer=file, vocab_size=60,
+        model_type="unigram", pad_id=0, eos_id=1, unk_id=2,
         bos_id=-1, hard_vocab_limit=False, minloglevel=2, num_threads=1,
     )  # fmt: skip
     return file.getvalue()
@@ -211,7 +215,8 @@ def mistral_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytes_tokenizer(MISTRAL_MARKS), bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
+        tokenizer_object=bytes_tokenizer(MISTRAL_MARKS), bos_token="<s>", eos_token="</s>",
+        unk_token="<unk>", pad_token="<pad>",
         padding_side="left", model_max_length=4096,
     )  # fmt: skip
     tokenizer.chat_template = MISTRAL_CHAT
@@ -223,11 +228,13 @@ def mistral() -> Any:
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
     text = {
-        "model_type": "mistral", "vocab_size": 280, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 31,
+        "model_type": "mistral", "vocab_size": 280, "hidden_size": 12, "intermediate_size": 20,
+        "num_hidden_layers": 31,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "rope_theta": 10000.0,
     }  # fmt: skip
     vision = {
-        "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 2,
         "head_dim": 8, "image_size": 28, "patch_size": 14,
     }  # fmt: skip
     config = Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
@@ -251,7 +258,8 @@ def qwen() -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        vocab_size=280, hidden_size=12, intermediate_size=20, num_hidden_layers=28, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=280, hidden_size=12, intermediate_size=20, num_hidden_layers=28,
+        num_attention_heads=2, num_key_value_heads=1,
         head_dim=8, tie_word_embeddings=True,
     )  # fmt: skip
     return randomised(lambda: Qwen3ForCausalLM(config), 5)

@@ -294,7 +294,7 @@ def _networks(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def _words(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
-    """What text encoders make of prompts, through the network."""
+    """Conditions of text encoders, through the network."""
     texts = (
         "sd1",
         "sd2",

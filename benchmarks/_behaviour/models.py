@@ -295,11 +295,9 @@ def plain_unet(**fields: Any) -> Any:
 
 def ldm_unconditional(**fields: Any) -> Any:
     """Latent Diffusion's model of faces."""
-    from diffusers.pipelines.deprecated.latent_diffusion_uncond.pipeline_latent_diffusion_uncond import (
-        LDMPipeline,
-    )
+    import diffusers
 
-    return LDMPipeline(vqvae=vq(), unet=plain_unet(**fields), scheduler=ddim(**LDM))
+    return diffusers.LDMPipeline(vqvae=vq(), unet=plain_unet(**fields), scheduler=ddim(**LDM))
 
 
 def ldm_churches() -> Any:

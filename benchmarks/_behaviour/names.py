@@ -1,6 +1,6 @@
 """Names of the public Python API in every version.
 
-A case is written with the oldest name. The newer names are tried first, so that one case runs with
+A case is written with one name. The others in a table are tried first, so that one case runs with
 every version. A name that changes is added to a table here, and nowhere else.
 """
 
@@ -20,7 +20,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "canvas": ("tiles",),
     "decoding": ("decoder",),
     "drawn": ("noise_offset",),
-    "known": ("known_region", "masked_latents"),
+    "known_region": ("masked_latents", "known"),
     "largest": ("max_pixels",),
     "learned_guidance": ("distilled_guidance",),
     "other_noise": ("noise_mix",),
@@ -34,7 +34,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "way": ("method", "mode"),
     "weaker": ("guide_model",),
 }
-"""Fields of a request and parameters of functions, by the oldest name: newer names."""
+"""Fields of a request and parameters of functions: name in the cases, names of other versions."""
 
 MODULES: dict[str, tuple[str, ...]] = {
     "checkpoints.folder": ("checkpoints.formats.folder",),
@@ -83,7 +83,8 @@ def modules(name: str) -> list[ModuleType]:
                 raise
     if not result:
         raise ModuleNotFoundError(
-            f"sfumato has none of {', '.join((*MODULES.get(name, ()), name))}: add its new name to names.MODULES"
+            f"sfumato has none of {', '.join((*MODULES.get(name, ()), name))}: "
+            "add its new name to names.MODULES"
         )
     return result
 
@@ -95,7 +96,8 @@ def attribute(home: str, name: str) -> Any:
             if hasattr(module, candidate):
                 return getattr(module, candidate)
     raise AttributeError(
-        f"{home} has no {name}: add its new name to names.ATTRIBUTES, or its new home to names.MODULES"
+        f"{home} has no {name}: add its new name to names.ATTRIBUTES, or its new home to "
+        "names.MODULES"
     )
 
 
@@ -140,7 +142,8 @@ def renamed(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
         )
         if parameter is None:
             raise AttributeError(
-                f"no parameter {name} among {', '.join(sorted(there))}: add its new name to names.OPTIONS"
+                f"no parameter {name} among {', '.join(sorted(there))}: "
+                "add its new name to names.OPTIONS"
             )
         result[parameter] = value
     return result

@@ -81,7 +81,9 @@ def autoencoder(fixtures: Path, **fields: Any) -> Any:
 
 def denoiser(fixtures: Path, **fields: Any) -> Any:
     """Recipe of a class-conditional U-Net with dropout, on the bundled model's latents."""
-    network = fields.pop("network", None) or names.build("predict.networks.unet", "UNetConfig", down_block_types=("DownBlock2D", "AttnDownBlock2D"), mid_block_type="UNetMidBlock2D", up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    network = fields.pop("network", None) or names.build(
+        "predict.networks.unet", "UNetConfig", down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2D", up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, dropout=0.2,
     )  # fmt: skip
     loss = names.build(

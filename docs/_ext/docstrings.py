@@ -150,8 +150,8 @@ def process(
             message = "%s documents the parameter %r, which it does not take"
             logging.getLogger(__name__).warning(message, name, parameter)
     config = Config(napoleon_use_ivar=True, napoleon_custom_sections=[("Options", "params_style")])
-    what = "object" if kind in VARIABLES else kind  # else "x: y" of a variable is type and text
-    lines[:] = GoogleDocstring(convert(lines), config, app, what, name, value, options).lines()
+    role = "object" if kind in VARIABLES else kind  # else "x: y" of a variable is type and text
+    lines[:] = GoogleDocstring(convert(lines), config, app, role, name, value, options).lines()
 
 
 def setup(app: "Sphinx") -> dict[str, Any]:

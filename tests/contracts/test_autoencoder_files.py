@@ -1,5 +1,6 @@
-"""Autoencoders on disk: what is refused, in one sentence that names the file; TAESD's pairs of
-files in every form; damage of any kind.
+"""Autoencoders on disk: refusals, TAESD's pairs of files in every form, damage of any kind.
+
+Every refusal is one sentence that names the file.
 """
 
 import json
@@ -105,7 +106,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize(
     ("name", "values", "words"), REFUSED, ids=[f"{n}-{v}" for n, v, _ in REFUSED]
 )
-def test_fields_we_would_not_honour_are_refused(
+def test_unsupported_fields_are_refused(
     tmp_path: Path, name: str, values: dict[str, Any], words: str
 ) -> None:
     save_part(tmp_path, MODELS[name]())
@@ -118,7 +119,7 @@ def test_fields_we_would_not_honour_are_refused(
 
 @pytest.mark.parametrize("name", MODELS)
 def test_folders_of_sfumato(name: str, tmp_path: Path) -> None:
-    """What was written is what is read: class, settings, weights, latent space."""
+    """Class, settings, weights and latent space are read as they were written."""
     model = MODELS[name]()
     save_part(tmp_path, model)
     again: Any = load_part(tmp_path, name)
@@ -214,21 +215,21 @@ def test_taesd_in_every_form(name: str, tmp_path: Path) -> None:
     """The pair by name, the folder of the pair, pickles, one file with both halves, a folder with a
     config: one autoencoder.
     """
-    actual = AutoencoderTiny(VARIANTS[name])
-    pair = save_taesd(tmp_path / name, actual, torch.float32)
+    autoencoder = AutoencoderTiny(VARIANTS[name])
+    pair = save_taesd(tmp_path / name, autoencoder, torch.float32)
     assert [p.name for p in pair] == [f"{name}_encoder.safetensors", f"{name}_decoder.safetensors"]
-    same(load_taesd(*pair), actual)
-    same(load_taesd(tmp_path), actual)
-    save_file(actual.state_dict(), tmp_path / "both.safetensors")
-    same(load_taesd(tmp_path / "both.safetensors"), actual)
+    same(load_taesd(*pair), autoencoder)
+    same(load_taesd(tmp_path), autoencoder)
+    save_file(autoencoder.state_dict(), tmp_path / "both.safetensors")
+    same(load_taesd(tmp_path / "both.safetensors"), autoencoder)
     (tmp_path / "pickles").mkdir()
     for half, file in zip(("encoder", "decoder"), pair, strict=True):
         torch.save(load_file(file), tmp_path / "pickles" / f"{name}_{half}.pth")
-    same(load_taesd(tmp_path / "pickles"), actual)
-    save_part(tmp_path / "folder", actual)
-    same(load_taesd(tmp_path / "folder"), actual)
+    same(load_taesd(tmp_path / "pickles"), autoencoder)
+    save_part(tmp_path / "folder", autoencoder)
+    same(load_taesd(tmp_path / "folder"), autoencoder)
     assert (
-        load_taesd(*save_taesd(tmp_path / "half", actual)).dtype == torch.float32
+        load_taesd(*save_taesd(tmp_path / "half", autoencoder)).dtype == torch.float32
         and load_taesd(*pair, torch.float16).dtype == torch.float16
     )
 
@@ -238,12 +239,12 @@ def test_taesd_keys_in_both_directions(half: str) -> None:
     """The published numbers: taesd's decoder has a layer without weights first, so that its
     convolutions are 1, 7, 12, 17, 19.
     """
-    actual = AutoencoderTiny(TinyConfig(**EIGHT)).state_dict()
-    reference = to_original(half, actual)
-    convs = {int(k.split(".")[0]) for k in reference if k.count(".") == 1}
+    tensors = AutoencoderTiny(TinyConfig(**EIGHT)).state_dict()
+    original = to_original(half, tensors)
+    convs = {int(k.split(".")[0]) for k in original if k.count(".") == 1}
     assert convs == ({0, 2, 6, 10, 14} if half == "encoder" else {1, 7, 12, 17, 19})
-    assert from_original(half, reference).keys() == {k for k in actual if k.startswith(half)}
-    assert all(v is actual[k] for k, v in from_original(half, reference).items())
+    assert from_original(half, original).keys() == {k for k in tensors if k.startswith(half)}
+    assert all(v is tensors[k] for k, v in from_original(half, original).items())
 
 
 def sana(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -265,11 +266,11 @@ def sana(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_unrecognised_taesd(tmp_path: Path) -> None:
-    actual = AutoencoderTiny(TinyConfig(**EIGHT)).state_dict()
+    tensors = AutoencoderTiny(TinyConfig(**EIGHT)).state_dict()
     with pytest.raises(
         UserError, match=r"widths \[4, 8\]: a variant of TAESD that is not supported"
     ):
-        config_of(sana(actual))
+        config_of(sana(tensors))
     encoder, decoder = save_taesd(tmp_path / "a", AutoencoderTiny(TinyConfig(**EIGHT)))
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: load_taesd(decoder, encoder), "encoder"),  # swapped
@@ -314,8 +315,8 @@ def test_pickles_with_code_are_refused(tmp_path: Path) -> None:
 
 def test_damaged_pairs(tmp_path: Path) -> None:
     """Any key gone, added, misshapen or renumbered, in either file, is a sentence."""
-    actual = AutoencoderTiny(TinyConfig(**EIGHT, use_midblock_gn=True))
-    pair = save_taesd(tmp_path / "a", actual)
+    autoencoder = AutoencoderTiny(TinyConfig(**EIGHT, use_midblock_gn=True))
+    pair = save_taesd(tmp_path / "a", autoencoder)
     dice = random.Random(1)
     for which in (0, 1):
         tensors = load_file(pair[which])

@@ -1,5 +1,6 @@
-"""What a folder of CLIP text encoders, a prompt and a picture must be: everything else is refused
-in one sentence that says what to do.
+"""Requirements of folders of CLIP text encoders, of prompts and of image specs.
+
+Everything else is refused in one sentence that names the remedy.
 """
 
 import json
@@ -71,52 +72,87 @@ NORM = "final_layer_norm.weight"
 CONFIG = "text_encoder/config.json"
 BAD: list[tuple[str, Change, str]] = [
     ("sd1", gone("text_encoder"), r"text_encoder/config.json is missing"),
-    ("sd1", lambda folder: (gone("text_encoder")(folder), gone("model_index.json")(folder)), "has no text encoder: expected text_encoder"),
-    ("sd1", gone("tokenizer"), "tokenizer has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"),
-    ("sd1", gone("tokenizer/tokenizer.json"), "expected tokenizer.json, or vocab.json and merges.txt"),
+    ("sd1", lambda folder: (gone("text_encoder")(folder), gone("model_index.json")(folder)),
+     "has no text encoder: expected text_encoder"),
+    ("sd1", gone("tokenizer"),
+     "tokenizer has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"),
+    ("sd1", gone("tokenizer/tokenizer.json"),
+     "expected tokenizer.json, or vocab.json and merges.txt"),
     ("sd1", text("tokenizer/tokenizer.json", "{"), r"tokenizer has a value of the wrong kind"),
-    ("sd1", table("tokenizer/tokenizer_config.json", tokenizer_class="T5TokenizerFast"), "'T5TokenizerFast': expected CLIPTokenizer"),
-    ("sd1", table("tokenizer/tokenizer_config.json", model_max_length="77"), "tokenizer: tokenizer's model_max_length='77': expected a whole"),
-    ("sd1", table("tokenizer/tokenizer_config.json", model_max_length=2), "model_max_length=2: expected a whole number such as 77"),
+    ("sd1", table("tokenizer/tokenizer_config.json", tokenizer_class="T5TokenizerFast"),
+     "'T5TokenizerFast': expected CLIPTokenizer"),
+    ("sd1", table("tokenizer/tokenizer_config.json", model_max_length="77"),
+     "tokenizer: tokenizer's model_max_length='77': expected a whole"),
+    ("sd1", table("tokenizer/tokenizer_config.json", model_max_length=2),
+     "model_max_length=2: expected a whole number such as 77"),
     ("sd1", text("tokenizer/tokenizer_config.json", "[]"), "holds a list: expected a JSON object"),
-    ("sd1", lambda folder: (gone("tokenizer/tokenizer.json")(folder), text("tokenizer/vocab.json", '{"a": 0}')(folder), text("tokenizer/merges.txt", "")(folder)), "tokenizer"),
-    ("sd1", gone("text_encoder/model.safetensors"), r"text_encoder has no weights model.safetensors \(it has config.json\): copy or download it again"),
-    ("sd1", shards, r"has no weights model.safetensors \(it has config.json, model-00001-of-00002.safetensors\)"),
+    ("sd1",
+     lambda folder: (gone("tokenizer/tokenizer.json")(folder),
+                     text("tokenizer/vocab.json", '{"a": 0}')(folder),
+                     text("tokenizer/merges.txt", "")(folder)), "tokenizer"),
+    ("sd1", gone("text_encoder/model.safetensors"),
+     r"text_encoder has no weights model.safetensors \(it has config.json\): "
+     r"copy or download it again"),
+    ("sd1", shards,
+     r"has no weights model.safetensors \(it has config.json, model-00001-of-00002.safetensors\)"),
     ("sd1", renamed("model.fp16.safetensors"), "ask for variant 'fp16'"),
     ("sd1", renamed("model.fp16-00001-of-00001.safetensors"), "ask for variant 'fp16'"),
-    ("sd1", cut(lambda folder, files: files.pop().unlink()), "model-00003-of-00003.safetensors is missing"),
-    ("sd1", cut(lambda folder, files: shutil.copy(files[0], files[1])), "which another shard holds too"),
-    ("sd1", cut(lambda folder, files: listed(folder, {"a": "../model.safetensors"})), "names a path outside its folder"),
-    ("sd1", cut(lambda folder, files: listed(folder, {"a": files[0].name})), r"00001-of-00003.safetensors does not fit its config: keys \d+ missing"),
-    ("sd1", cut(lambda folder, files: (folder / "model.safetensors.index.json").write_text("{}")), "has no weight_map of keys and files"),
-    ("sd1", text("text_encoder/model.safetensors", "not tensors"), "is not a whole safetensors file"),
-    ("sd1", weights(lambda t: t.pop(NORM)), r"does not fit its config: keys 1 missing \(final_layer_norm.weight\)"),
+    ("sd1", cut(lambda folder, files: files.pop().unlink()),
+     "model-00003-of-00003.safetensors is missing"),
+    ("sd1", cut(lambda folder, files: shutil.copy(files[0], files[1])),
+     "which another shard holds too"),
+    ("sd1", cut(lambda folder, files: listed(folder, {"a": "../model.safetensors"})),
+     "names a path outside its folder"),
+    ("sd1", cut(lambda folder, files: listed(folder, {"a": files[0].name})),
+     r"00001-of-00003.safetensors does not fit its config: keys \d+ missing"),
+    ("sd1", cut(lambda folder, files: (folder / "model.safetensors.index.json").write_text("{}")),
+     "has no weight_map of keys and files"),
+    ("sd1", text("text_encoder/model.safetensors", "not tensors"),
+     "is not a whole safetensors file"),
+    ("sd1", weights(lambda t: t.pop(NORM)),
+     r"does not fit its config: keys 1 missing \(final_layer_norm.weight\)"),
     ("sd1", weights(lambda t: t.update(extra=torch.ones(1))), r"1 not expected \(extra\)"),
-    ("sd1", weights(lambda t: t.update({NORM: torch.ones(3)})), r"1 of another shape \(final_layer_norm.weight \(3,\) instead of \(16,\)\)"),
-    ("sd1", weights(lambda t: t.update({NORM: torch.full((16,), torch.nan)})), "final_layer_norm.weight has NaN or infinite numbers"),
+    ("sd1", weights(lambda t: t.update({NORM: torch.ones(3)})),
+     r"1 of another shape \(final_layer_norm.weight \(3,\) instead of \(16,\)\)"),
+    ("sd1", weights(lambda t: t.update({NORM: torch.full((16,), torch.nan)})),
+     "final_layer_norm.weight has NaN or infinite numbers"),
     ("sd1", pickled({"code": print}), "is refused: it is a pickle that wants to run code"),
     ("sd1", pickled([1, 2]), "holds a list: expected a dictionary of tensors"),
-    ("sd1", table(CONFIG, model_type="t5", architectures=["T5EncoderModel"]), "'t5', .*: expected clip_text_model, CLIPTextModel"),
-    ("sd1", table(CONFIG, architectures=["CLIPTextModelWithProjection"]), "expected clip_text_model, CLIPTextModel"),
-    ("sdxl", table("text_encoder_2/config.json", architectures=["CLIPTextModel"]), "expected clip_text_model, CLIPTextModelWithProjection"),
+    ("sd1", table(CONFIG, model_type="t5", architectures=["T5EncoderModel"]),
+     "'t5', .*: expected clip_text_model, CLIPTextModel"),
+    ("sd1", table(CONFIG, architectures=["CLIPTextModelWithProjection"]),
+     "expected clip_text_model, CLIPTextModel"),
+    ("sdxl", table("text_encoder_2/config.json", architectures=["CLIPTextModel"]),
+     "expected clip_text_model, CLIPTextModelWithProjection"),
     ("sd1", table(CONFIG, use_attention_mask=True), "use_attention_mask=True is not known"),
     ("sd1", table(CONFIG, hidden_act="tahn"), "config.json has a value of the wrong kind"),
     ("sd1", table(CONFIG, num_attention_heads=3), "config.json has a value of the wrong kind"),
     ("sd1", table(CONFIG, hidden_size="wide"), "config.json has a value of the wrong kind"),
     ("sd1", table(CONFIG, num_hidden_layers=2), "not expected"),
     ("sd1", table(CONFIG, num_hidden_layers=5), "missing"),
-    ("sd1", table(CONFIG, eos_token_id=7), r"text encoder has end token 7, tokenizer \d+: use parts of one model"),
+    ("sd1", table(CONFIG, eos_token_id=7),
+     r"text encoder has end token 7, tokenizer \d+: use parts of one model"),
     ("sd1", text(CONFIG, ""), "config.json is not valid JSON"),
     ("sd1", text("model_index.json", "7"), "model_index.json holds a int"),
-    ("sdxl", table("tokenizer/tokenizer_config.json", model_max_length=50), "text encoders read 50 and 77 tokens"),
-    ("sdxl", table("model_index.json", text_encoder_3=["transformers", "T5EncoderModel"]), "text_encoder_3: expected text_encoder, text_encoder_2"),
-    ("sd1", table("model_index.json", requires_aesthetics_score=True), "without a second text encoder"),
-    ("sd1", table("conditioner/config.json", _class_name="class_names"), "of class 'class_names': expected clip_text"),
-    ("sd1", table("conditioner/config.json", _class_name="clip_text", weightning=True), "config field weightning=True is not known"),
-    ("sd1", table("conditioner/config.json", _class_name="clip_text", truncation="truncate"), "config.json: unknown truncation 'truncate'"),
-    ("sd1", table("conditioner/config.json", _class_name="clip_text", clip_skip=4), "clip_skip=4: expected at most 3"),
-    ("sdxl", table("conditioner/config.json", _class_name="clip_text", clip_skip=3), "clip_skip=3: expected at most 2"),
-    ("sdxl", table("conditioner/config.json", _class_name="clip_text", force_zeros_for_empty_prompt=False), "expected the same in both"),
+    ("sdxl", table("tokenizer/tokenizer_config.json", model_max_length=50),
+     "text encoders read 50 and 77 tokens"),
+    ("sdxl", table("model_index.json", text_encoder_3=["transformers", "T5EncoderModel"]),
+     "text_encoder_3: expected text_encoder, text_encoder_2"),
+    ("sd1", table("model_index.json", requires_aesthetics_score=True),
+     "without a second text encoder"),
+    ("sd1", table("conditioner/config.json", _class_name="class_names"),
+     "of class 'class_names': expected clip_text"),
+    ("sd1", table("conditioner/config.json", _class_name="clip_text", weightning=True),
+     "config field weightning=True is not known"),
+    ("sd1", table("conditioner/config.json", _class_name="clip_text", truncation="truncate"),
+     "config.json: unknown truncation 'truncate'"),
+    ("sd1", table("conditioner/config.json", _class_name="clip_text", clip_skip=4),
+     "clip_skip=4: expected at most 3"),
+    ("sdxl", table("conditioner/config.json", _class_name="clip_text", clip_skip=3),
+     "clip_skip=3: expected at most 2"),
+    ("sdxl",
+     table("conditioner/config.json", _class_name="clip_text", force_zeros_for_empty_prompt=False),
+     "expected the same in both"),
 ]  # fmt: skip
 
 
@@ -156,7 +192,7 @@ def test_a_config_with_any_value_opens_or_is_refused(
         assert result.tokens is not None and torch.isfinite(result.tokens).all()
 
 
-def test_without_transformers_a_sentence_says_what_to_install(
+def test_missing_transformers_names_the_package_to_install(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -249,13 +285,14 @@ def test_weights_that_are_not_finite_are_not_written(
     conditioner.save(tmp_path / "whole")
     with pytest.raises(
         NumericalError,
-        match=r"weight text_model.final_layer_norm.weight of text_encoder is NaN or infinite in torch.float16",
+        match=r"weight text_model.final_layer_norm.weight of text_encoder is NaN or infinite in "
+        r"torch.float16",
     ):
         conditioner.save(tmp_path / "half", torch.float16)
     assert not list((tmp_path / "half").rglob("*.safetensors"))
 
 
-def test_identity_tells_models_apart(
+def test_identities_of_models_differ(
     opened: dict[str, ClipText], folders: dict[str, Path], tmp_path: Path
 ) -> None:
     result = {json.dumps(c.identity(), sort_keys=True) for c in opened.values()}
@@ -353,7 +390,8 @@ def test_sdxl_takes_the_size_and_others_need_no_image_spec(opened: dict[str, Cli
     for kind in ("sdxl", "refiner"):
         with pytest.raises(
             UserError,
-            match=r"conditioned on the size of the image: expected image_spec=ImageSpec\(height, width\)",
+            match=r"conditioned on the size of the image: expected image_spec=ImageSpec\(height, "
+            r"width\)",
         ):
             opened[kind](["a cat"])
         with pytest.raises(UserError, match="conditioned on the size of the image"):
@@ -383,8 +421,15 @@ def test_a_picture_that_cannot_be_is_refused(values: dict[str, Any], words: str)
 
 def test_the_picture_of_the_reference() -> None:
     assert ImageSpec(8, 9).negative == ImageSpec(8, 9, aesthetic_score=2.5)
-    stated = ImageSpec(8, 9, (1, 2), (3, 4), (5, 6), 7.0, (11, 12), (0, 0), (15, 16), 1.0).negative
-    assert (stated.original_size, stated.crop, stated.target_size, stated.aesthetic_score) == (
+    negative = ImageSpec(
+        8, 9, (1, 2), (3, 4), (5, 6), 7.0, (11, 12), (0, 0), (15, 16), 1.0
+    ).negative
+    assert (
+        negative.original_size,
+        negative.crop,
+        negative.target_size,
+        negative.aesthetic_score,
+    ) == (
         (11, 12),
         (0, 0),
         (15, 16),

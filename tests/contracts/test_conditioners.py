@@ -1,9 +1,9 @@
-"""The contract of every conditioner (`Conditioner`): a file in predict/conditioners is tested by
-being there.
+"""The contract of every conditioner (`Conditioner`).
 
-Each is built by its own `from_config` from EXAMPLE, a config with a field for every kind; what a
-conditioner does not know it ignores. One with weights is built by `from_folder` from a folder that
-a module of `helpers` writes, and comes back from what its `save` writes.
+Every file in predict/conditioners is tested. Each conditioner is built by its own `from_config`
+from EXAMPLE, a config with a field for every kind; a conditioner ignores the fields of others. One
+with weights is built by `from_folder` from a folder that a module of `helpers` writes, and comes
+back from the files of its `save`.
 """
 
 import json
@@ -45,7 +45,7 @@ labelled = pytest.mark.parametrize(
 
 
 def has_weights(name: str) -> bool:
-    """Whether a conditioner is opened from a folder and not from its config alone."""
+    """True if a conditioner is opened from a folder, not from its config alone."""
     return CONDITIONERS[name].from_config.__func__ is Conditioner.from_config.__func__
 
 
@@ -63,7 +63,7 @@ def build(name: str) -> Conditioner:
 
 
 def prompts_of(conditioner: Conditioner) -> list[str | None]:
-    """Something to ask for: the classes it has, or nothing."""
+    """Prompts for a conditioner: its classes, or none."""
     return [*conditioner.class_names, None, ""]
 
 
@@ -77,11 +77,9 @@ def equal(a: Conditioning, b: Conditioning) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-def unmoved(stated: Conditioning, untold: Conditioning) -> bool:
-    """Whether a picture makes no difference, but that `vector` may tell of it where there is none
-    without it (PixArt).
-    """
-    return equal(replace(stated, vector=None) if untold.vector is None else stated, untold)
+def unmoved(with_spec: Conditioning, without: Conditioning) -> bool:
+    """True if an image spec changes nothing but a `vector` that exists with it only (PixArt)."""
+    return equal(replace(with_spec, vector=None) if without.vector is None else with_spec, without)
 
 
 def test_the_folder_is_the_registry() -> None:
@@ -149,9 +147,9 @@ def test_no_prompt_and_an_empty_one_are_the_null_condition(name: str, count: int
 def test_labels_are_the_names_in_their_order(name: str) -> None:
     conditioner = build(name)
     assert isinstance(conditioner, ClassConditioner)
-    available = list(conditioner.class_names)
-    count = max(len(available), 1)
-    assert equal(conditioner.from_labels(torch.arange(count)), conditioner(available or [None]))
+    class_names = list(conditioner.class_names)
+    count = max(len(class_names), 1)
+    assert equal(conditioner.from_labels(torch.arange(count)), conditioner(class_names or [None]))
 
 
 @every
@@ -168,9 +166,10 @@ def test_conditions_join_the_null_condition_for_guidance(name: str) -> None:
 
 
 @every
-def test_a_prompt_it_does_not_know_is_refused_in_one_sentence(name: str) -> None:
-    """Never a silent fallback to the null condition (a text encoder knows every prompt: it says
-    nothing here).
+def test_unknown_prompts_are_refused_in_one_sentence(name: str) -> None:
+    """There is never a silent fallback to the null condition.
+
+    A text encoder takes every prompt and raises nothing here.
     """
     conditioner = build(name)
     try:
@@ -229,10 +228,10 @@ def strict(conditioner: Conditioner) -> Conditioner:
     )
 
 
-def refused(call: Any, *inputs: Any) -> str | None:
+def refused(call: Any, *arguments: Any) -> str | None:
     """The sentence in which a call refuses its arguments."""
     try:
-        call(*inputs)
+        call(*arguments)
     except UserError as error:
         return str(error)
     return None
@@ -265,7 +264,7 @@ CALLS: list[tuple[Any, ...]] = [
 
 
 @every
-def test_check_refuses_what_a_call_refuses_and_uses_no_weight(name: str) -> None:
+def test_check_raises_the_errors_of_a_call_and_reads_no_weight(name: str) -> None:
     conditioner = strict(build(name))
     away = weightless(conditioner)
     sentences = []
@@ -283,8 +282,9 @@ def test_check_refuses_what_a_call_refuses_and_uses_no_weight(name: str) -> None
 
 @every
 def test_a_call_checks_first(name: str) -> None:
-    """What `check` refuses costs no forward pass: with networks that cannot be run the sentences
-    are the same.
+    """Errors of `check` cost no forward pass.
+
+    With networks that cannot be run the messages are the same.
     """
     conditioner = strict(build(name))
     away = weightless(conditioner)
@@ -296,7 +296,7 @@ def test_a_call_checks_first(name: str) -> None:
 
 
 @every
-def test_it_says_its_widths(name: str) -> None:
+def test_widths(name: str) -> None:
     """`width` and `vector_width` are those of what it makes, by which `load` compares a
     network's.
     """
@@ -364,7 +364,8 @@ def test_settings_by_the_names_of_earlier_versions(name: str, tmp_path: Path) ->
     ("prompt", "label"),
     [
         *[(name, i) for i, name in enumerate(LABELS)],
-        ("Ankle Boot", 1), ("ankle_boots", 1), ("ankle-boot", 1), ("T-shirt", 0), ("top", 0), ("tops", 0), ("T-Shirt/Top", 0),
+        ("Ankle Boot", 1), ("ankle_boots", 1), ("ankle-boot", 1), ("T-shirt", 0), ("top", 0),
+        ("tops", 0), ("T-Shirt/Top", 0),
         ("bags", 2), ("dresses", 3), (" bag ", 2), (None, 4), ("", 4),
     ],
 )  # fmt: skip

@@ -1,6 +1,7 @@
-"""Models damaged on their way: every part of a folder and of a single file, in every manner,
-seeded. Either it is one sentence that names the file, or, where nobody could tell (other bytes
-among the numbers), a model that opens; never another error, and never code that runs.
+"""Damaged models: every part of a folder and of a single file, in every manner, seeded.
+
+Each raises one sentence that names the file, or, where the damage cannot be detected (other bytes
+among the numbers), opens; never another error, and never code that runs.
 """
 
 import json
@@ -146,7 +147,7 @@ def rewrite(
 
 
 def damages(key: str, value: Tensor) -> dict[str, Callable[[dict[str, Tensor]], object]]:
-    """What can be told of one tensor."""
+    """Kinds of damage of one tensor."""
     result: dict[str, Callable[[dict[str, Tensor]], object]] = {
         "gone": lambda t: t.pop(key),
         "renamed": lambda t: t.update({key + "s": t.pop(key)}),
@@ -210,7 +211,7 @@ def test_one_tensor_of_a_single_file_is_wrong(part: str, single: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["unet.", "vae."])
-def test_one_tensor_of_a_single_file_in_our_own_layout_is_wrong(
+def test_one_tensor_of_a_single_file_in_sfumatos_layout_is_wrong(
     part: str, tiny: Path, tmp_path: Path
 ) -> None:
     dice, file = random.Random(part), tmp_path / "own.safetensors"
@@ -269,8 +270,10 @@ def test_other_floating_point_weights_take_the_requested_dtype(
 
 @pytest.mark.parametrize("part", [*PARTS, "single"])
 def test_bytes_are_cut_off_or_changed(part: str, folder: Path, single: Path) -> None:
-    """Cut anywhere it is refused. Another byte in the header is refused or says the same; among the
-    numbers it opens unless it makes NaN.
+    """A file that is cut anywhere is refused.
+
+    Another byte in the header is refused or changes nothing; among the numbers the file opens
+    unless the byte makes NaN.
     """
     model, file = (single, single) if part == "single" else (folder, folder / PARTS[part][0])
     dice, whole = random.Random(part), file.read_bytes()
@@ -338,8 +341,9 @@ def test_a_config_with_any_value_in_any_field(file: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("file", CONFIGS)
 def test_paths_in_a_config_are_not_followed(file: str, folder: Path, tmp_path: Path) -> None:
-    """A name of a class, of a file, of code: none is opened. Notes that start with an underscore
-    are not read.
+    """A name of a class, of a file, of code: none is opened.
+
+    Notes that start with an underscore are not read.
     """
     path, bait = folder / file, tmp_path / "bait.json"
     bait.write_text(
@@ -449,7 +453,7 @@ def test_notes_of_a_single_file_of_any_kind(note: str, single: Path) -> None:
         "x" * 300 + ".json",
     ],
 )
-def test_names_in_a_file_of_our_own_layout(name: str, tiny: Path, tmp_path: Path) -> None:
+def test_names_in_a_file_of_sfumatos_layout(name: str, tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.safetensors"
     sfumato.load(tiny).save(file)
     with safe_open(file, "pt") as opened:

@@ -159,7 +159,7 @@ def test_channels() -> None:
     assert Transform(size=6, channels=1).to_pixels(colour).shape == (1, 6, 6)
 
 
-def test_transform_hash_is_what_the_pixels_depend_on() -> None:
+def test_transform_hash_depends_on_all_that_changes_pixels() -> None:
     base = Transform(size=32, channels=3)
     assert base.hash == Transform(32, 3, flip=True).hash
     others = [
@@ -689,12 +689,12 @@ def test_the_first_of_both_splits_are_opened_alone(
     """
     sets = open_both(numbered(tmp_path / "whole", kind, range(20), request), 0.2)
     expected = [images.subset(range(3)) for images in sets]
-    target = {
+    indices = {
         int(value) // 10
         for images in expected
         for value in bytes_of(images.batch(range(3))["image"])[:, 0, 0, 0]
     }
-    source = numbered(tmp_path / "broken", kind, target, request)
+    source = numbered(tmp_path / "broken", kind, indices, request)
     if kind != "idx":
         with pytest.raises(UserError, match="cannot be read as an image"):
             open_images(source)

@@ -70,7 +70,7 @@ def mistakes(text: str) -> list[str]:
             continue
         cells = {
             column: re.split(r"[ ,]", rows[name][column])[0] for column in expected
-        }  # "2, then 1" says at most 2
+        }  # "2, then 1" is at most 2
         faults += [
             f"{name}: {column} is {expected[column]}, not {cells[column]}"
             for column in expected
@@ -84,7 +84,7 @@ def mistakes(text: str) -> list[str]:
     return faults
 
 
-def test_every_sampler_has_a_row_that_says_what_its_traits_promise() -> None:
+def test_every_sampler_has_a_row_with_its_traits() -> None:
     assert not mistakes((DOCS / "reference" / "samplers.md").read_text())
 
 

@@ -108,7 +108,7 @@ def test_files_with_scales_are_read(name: str) -> None:
         "c.weight": torch.bfloat16,
     }
     assert torch.equal(lazy["a.weight"].load().float(), result["a.weight"])
-    # a scale of what is not in eight bits stays, to be refused
+    # a scale of a tensor that is not in eight bits stays, to be refused
     other = unscaled({"c.weight": half, f"c.{name}": torch.ones(())})
     assert f"c.{name}" in other
     with pytest.raises(UserError, match=r"a\.weight has two scales"):
@@ -140,7 +140,7 @@ def test_scaled_weights_keep_their_digits() -> None:
         assert torch.equal(back["z.weight"], torch.zeros(2, 2))
 
 
-def test_what_is_stored_in_eight_bits() -> None:
+def test_only_weights_of_layers_are_stored_in_eight_bits() -> None:
     table = {
         "a.weight": torch.ones(2, 2),
         "a.bias": torch.ones(2),
@@ -219,8 +219,9 @@ KINDS = [
 
 
 def test_files_written_one_tensor_at_a_time(tmp_path: Path) -> None:
-    """Every kind, also scalars and nothing: safetensors and our reader read them, aligned; written
-    alike whatever the order of the table.
+    """Every kind, also scalars and empty tensors, is read by safetensors and by sfumato.
+
+    Tensors are aligned, and the bytes do not depend on the order of the table.
     """
     torch.manual_seed(0)
     tensors = {f"t{k}": (100 * torch.rand(3, k + 1)).to(kind) for k, kind in enumerate(KINDS)}
@@ -252,7 +253,7 @@ def test_files_written_one_tensor_at_a_time(tmp_path: Path) -> None:
 def test_a_file_that_is_not_as_announced_is_not_written(tmp_path: Path) -> None:
     one, table = torch.ones(2), {"a": (torch.float32, (2,)), "b": (torch.float32, (2,))}
     file = tmp_path / "a.safetensors"
-    for inputs in (
+    for tensors in (
         [("a", one)],
         [("b", one), ("a", one)],
         [("a", one.half()), ("b", one)],
@@ -260,7 +261,7 @@ def test_a_file_that_is_not_as_announced_is_not_written(tmp_path: Path) -> None:
         [("a", one), ("b", one), ("c", one)],
     ):
         with pytest.raises(ValueError, match="was announced"):
-            write_streamed(file, table, iter(inputs))
+            write_streamed(file, table, iter(tensors))
     with pytest.raises(ValueError, match="numbers of 4 bytes after those of 2"):
         write_streamed(file, {"a": (torch.float16, (2,)), "b": (torch.float32, (2,))}, iter([]))
     assert not [*tmp_path.iterdir()]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.loaders import single_file_utils as reference
+from diffusers.loaders import single_file_utils
 from torch import Tensor
 
 import helpers.family_models as models
@@ -22,10 +22,10 @@ from sfumato.errors import UserError
 
 FAMILIES = {family.name: family for family in families.registered()}
 NETWORKS = {
-    "sd3": reference.convert_sd3_transformer_checkpoint_to_diffusers,
-    "flux": reference.convert_flux_transformer_checkpoint_to_diffusers,
-    "flux2": reference.convert_flux2_transformer_checkpoint_to_diffusers,
-    "z_image": reference.convert_z_image_transformer_checkpoint_to_diffusers,
+    "sd3": single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
+    "flux": single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
+    "flux2": single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers,
+    "z_image": single_file_utils.convert_z_image_transformer_checkpoint_to_diffusers,
 }
 """diffusers' converters of transformers; it has none for DiT, SiT and PixArt."""
 
@@ -72,7 +72,7 @@ def test_a_single_file_and_back(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_folder_and_back(name: str, tmp_path: Path) -> None:
-    """Each part under the keys of diffusers' network, which our network has too."""
+    """Each part has the keys of diffusers' network, which sfumato's network has too."""
     networks = models.networks(name)
     for part, component in read(
         name, FAMILIES[name].write(models.checkpoint(name, networks))
@@ -104,12 +104,14 @@ def test_diffusers_reads_the_single_file(name: str, monkeypatch: pytest.MonkeyPa
         assert equal(NETWORKS[name](dict(below)), models.tensors_of(networks["transformer"]))
     elif "unet" in networks and name != "ldm-unconditional":
         assert equal(
-            reference.convert_ldm_unet_checkpoint(dict(file), dict(networks["unet"].config)),
+            single_file_utils.convert_ldm_unet_checkpoint(
+                dict(file), dict(networks["unet"].config)
+            ),
             networks["unet"].state_dict(),
         )
     if "vae" in networks and not hasattr(networks["vae"], "quantize"):
         assert equal(
-            reference.convert_ldm_vae_checkpoint(dict(file), dict(networks["vae"].config)),
+            single_file_utils.convert_ldm_vae_checkpoint(dict(file), dict(networks["vae"].config)),
             networks["vae"].state_dict(),
         )
 

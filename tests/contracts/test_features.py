@@ -65,7 +65,8 @@ def random_inception(path: Path) -> str:
 def shipped(_: Path) -> str:
     if not (SHIPPED / "model.safetensors").exists():
         pytest.skip(
-            "the classifier src/sfumato/bundled/fashion/classifier has not been trained into this checkout"
+            "the classifier src/sfumato/bundled/fashion/classifier has not been trained into this "
+            "checkout"
         )
     return "fashion"
 
@@ -153,7 +154,7 @@ def test_classifier_averages_colours_and_resizes(tmp_path: Path) -> None:
     assert network.prepare(doubled).shape == (2, 1, 28, 28)
 
 
-def test_shipped_classifier_is_small_and_says_how_good_it_is() -> None:
+def test_shipped_classifier_is_small_and_states_its_accuracy() -> None:
     shipped(SHIPPED)
     network, _ = load(SHIPPED)
     assert (SHIPPED / "model.safetensors").stat().st_size < 700_000
@@ -213,19 +214,20 @@ def test_efficientnet_agrees_with_the_package_that_published_the_weights() -> No
     )
     from sfumato.evaluate.efficientnet import load as load_efficientnet
 
-    actual = load_efficientnet()
-    reference = published.EfficientNet.from_name("efficientnet-lite0").eval()
-    reference.load_state_dict(actual.state_dict())
+    network = load_efficientnet()
+    peer = published.EfficientNet.from_name("efficientnet-lite0").eval()
+    peer.load_state_dict(network.state_dict())
     images = uniform(2, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(
-            actual(images), reference((255 * images - 127) / 128), rtol=1e-4, atol=1e-4
+            network(images), peer((255 * images - 127) / 128), rtol=1e-4, atol=1e-4
         )
 
 
 def test_efficientnet_padding_is_that_of_tensorflow() -> None:
-    """A stride-2 convolution of an even size pads only at the end: the stem's first output sees
-    pixels 0, 1, 2.
+    """A stride-2 convolution of an even size pads only at the end.
+
+    The stem's first output depends on pixels 0, 1, 2.
     """
     stem = EfficientNetLite0()._conv_stem
     nn.init.ones_(stem.weight)

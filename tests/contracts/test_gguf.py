@@ -169,7 +169,7 @@ def test_notes_and_shapes(tmp_path: Path) -> None:
         )
 
 
-def test_what_is_no_gguf(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     good = write(
         tmp_path / "good.gguf",
         {"w": (raw(Kind.Q8_0, 4, 2), Kind.Q8_0), "v": (np.ones(40, np.float32), None)},
@@ -189,9 +189,7 @@ def test_what_is_no_gguf(tmp_path: Path) -> None:
 
 
 def test_damaged_tables_are_refused_or_read(tmp_path: Path) -> None:
-    """Any byte of the table may be wrong: no other error than ours comes out, and no endless
-    loop.
-    """
+    """Any wrong byte of the table raises sfumato's own error or none, and never loops."""
     notes = {"words": ["a", "bc"], "numbers": [1, 2, 3]}
     good = write(
         tmp_path / "good.gguf", {"w": (raw(Kind.Q8_0, 4, 2), Kind.Q8_0)}, **notes

@@ -69,8 +69,9 @@ def normal(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def predictions(
     point: tuple[float, float], count: int, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, list[Prediction]]:
-    """x, and what `count` networks say about it: x0 near x/alpha where there is signal, and eps
-    that adds up.
+    """x, and `count` predictions for it.
+
+    x0 is near x/alpha where there is signal, and eps adds up to x with it.
     """
     alpha, sigma = point
     x = normal(seed, dtype)
@@ -105,7 +106,7 @@ def test_the_folders_are_the_registry() -> None:
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_a_part_is_a_frozen_dataclass_that_says_whose_it_is(name: str) -> None:
+def test_a_part_is_a_frozen_dataclass_that_cites_its_source(name: str) -> None:
     part = PARTS[name]
     assert is_dataclass(part) and part.__dataclass_params__.frozen  # type: ignore[attr-defined]
     built = part()
@@ -227,11 +228,12 @@ def test_a_combine_keeps_shape_and_dtype_and_is_finite(
 
 @every_rule
 @everywhere
-def test_a_pair_adds_up_to_x_or_the_combine_says_that_it_does_not(
+def test_a_pair_adds_up_to_x_exactly_if_the_rule_is_consistent(
     rule: Any, point: tuple[float, float]
 ) -> None:
-    """In float64. Where a combine says that it is not consistent, it must not be: samplers are
-    refused for it.
+    """In float64, a rule is consistent exactly if its trait is set.
+
+    Samplers are refused for a rule that is not.
     """
     x, inputs = predictions(point, 1 + rule.num_baselines, dtype=torch.float64)
     join, (alpha, sigma) = rule.begin(), point
@@ -281,11 +283,11 @@ def test_an_image_is_the_same_in_every_batch(rule: Any, point: tuple[float, floa
 class Toy:
     """A denoiser without a network, whose answer depends on x, t and the condition."""
 
-    def __init__(self, point: Callable[[float], tuple[float, float]], request: list[float]) -> None:
-        self.point, self.request = point, request
+    def __init__(self, point: Callable[[float], tuple[float, float]], times: list[float]) -> None:
+        self.point, self.times = point, times
 
     def __call__(self, x: Tensor, t: float, conditioning: Conditioning) -> Prediction:
-        self.request.append(t)
+        self.times.append(t)
         assert conditioning.vector is not None
         alpha, sigma = self.point(t)
         velocity = 0.5 * x + torch.sin(3 * x + conditioning.vector[:, :1, None, None]) + t
@@ -301,9 +303,9 @@ def flow(t: float) -> tuple[float, float]:
 TIMES = (1.0, 0.8, 0.5, 0.3, 0.1)
 
 
-def run(weight: Any, rule: Any, seed: int, request: list[float]) -> Iterator[Prediction]:
+def run(weight: Any, rule: Any, seed: int, times: list[float]) -> Iterator[Prediction]:
     """Five steps of Euler, one at a time."""
-    denoiser = Toy(flow, request)
+    denoiser = Toy(flow, times)
     conditionings = [
         Conditioning(vector=torch.full((3, 1), float(k))) for k in range(1 + rule.num_baselines)
     ]
@@ -348,18 +350,18 @@ def test_two_weights_at_once_are_two_runs(weight: Any) -> None:
 @every_rule
 @every_weight
 def test_references_are_evaluated_where_they_count_and_nowhere_else(rule: Any, weight: Any) -> None:
-    request: list[float] = []
-    list(run(weight, rule, 0, request))
-    target = [
+    times: list[float] = []
+    list(run(weight, rule, 0, times))
+    expected = [
         t
         for t in TIMES
         for _ in range(1 + rule.num_baselines * (rule.always or weight.active(Moment(t, *flow(t)))))
     ]
-    assert request == target
+    assert times == expected
 
 
 class Sometimes:
-    """w = 1 for the second image, as a weight that looks at predictions may say."""
+    """w = 1 for the second image, as of a weight that depends on predictions."""
 
     def active(self, moment: Moment) -> bool:
         return True

@@ -102,7 +102,7 @@ def test_the_lines_of_the_docstring_are_read() -> None:
     ],
 )
 def test_a_number_stays_a_number(value: Any) -> None:
-    """What is recorded in pictures and models that know a scale only stays as it was."""
+    """The record in images and models of a scale alone is a number, as in earlier versions."""
     result = Guidance.parse(value).to_json()
     assert result == 2.0 and type(result) is float
 
@@ -204,7 +204,8 @@ BAD: list[tuple[Any, str]] = [
     ("2 rescale project", "two of one kind, rescale and project: expected one rule"),
     (
         "2 interval:lo=0.2",
-        "unknown option of guidance weight interval 'lo': did you mean 'low'.*expected one of high, low",
+        "unknown option of guidance weight interval 'lo': did you mean 'low'.*"
+        "expected one of high, low",
     ),
     ("2 interval:scale=3", "unknown option of guidance weight interval 'scale'"),
     ("2 linear:phi=1", "unknown option of guidance rule linear 'phi': there are none"),
@@ -295,7 +296,7 @@ BAD: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("value", "message"), BAD, ids=[str(b[0]) for b in BAD])
-def test_what_cannot_be_is_refused(value: Any, message: str) -> None:
+def test_bad_settings_are_refused(value: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         Guidance.parse(value)
     assert "\n" not in str(error.value)
@@ -304,12 +305,12 @@ def test_what_cannot_be_is_refused(value: Any, message: str) -> None:
 # ---- build ---------------------------------------------------------------------------------------
 
 
-def toy(options: list[tuple[float, float]]):
+def toy(evaluations: list[tuple[float, float]]):
     """A denoiser that notes (t, condition) of each question."""
 
     def denoise(x: Tensor, t: float, conditioning: Conditioning) -> Prediction:
         assert conditioning.vector is not None
-        options.append((t, float(conditioning.vector[0, 0])))
+        evaluations.append((t, float(conditioning.vector[0, 0])))
         velocity = torch.sin(x) + conditioning.vector[:, :1, None, None]
         return Prediction(x - t * velocity, x + (1 - t) * velocity)
 
@@ -320,53 +321,56 @@ def vector(value: float) -> Conditioning:
     return Conditioning(vector=torch.full((2, 1), value))
 
 
-def options_by(line: str, reference: Any, conditioning: Conditioning | None = None) -> list[float]:
-    """Under which conditions a guided denoiser asks at t = 0.5."""
-    options: list[tuple[float, float]] = []
+def evaluated_by(
+    line: str, reference: Any, conditioning: Conditioning | None = None
+) -> list[float]:
+    """Conditions at which a guided denoiser evaluates the network at t = 0.5."""
+    evaluations: list[tuple[float, float]] = []
     ask = build(
         Guidance.parse(line),
-        toy(options),
+        toy(evaluations),
         conditioning or vector(1.0),
         reference,
         lambda t: (1 - t, t),
     )
     drive(ask(torch.zeros(2, 1, 2, 2), 0.5), evaluate_calls)
-    return [condition for _, condition in options]
+    return [condition for _, condition in evaluations]
 
 
 def test_the_evaluated_denoisers() -> None:
     one, two = vector(2.0), vector(3.0)
     assert (
-        options_by("2", one) == [1, 2]
-        and options_by("1", one) == [1]
-        and options_by("0", one) == [1, 2]
+        evaluated_by("2", one) == [1, 2]
+        and evaluated_by("1", one) == [1]
+        and evaluated_by("0", one) == [1, 2]
     )
-    assert options_by("2 interval:low=0.6", one) == [1] and options_by(
+    assert evaluated_by("2 interval:low=0.6", one) == [1] and evaluated_by(
         "2 interval:low=0.4", one
     ) == [
         1,
         2,
     ]
-    assert options_by("1 plus_plus", one) == [1, 2], "there 1 is not off"
-    assert options_by("1 dual:second=2 condition condition", [one, two]) == [1, 2, 3], (
+    assert evaluated_by("1 plus_plus", one) == [1, 2], "there 1 is not off"
+    assert evaluated_by("1 dual:second=2 condition condition", [one, two]) == [1, 2, 3], (
         "the second scale acts"
     )
-    assert options_by("1 dual:second=1 condition condition", [one, two]) == [1]
-    assert options_by("2 dual condition condition", one) == [1, 2, 2]
-    assert options_by("2 dual:low=0.9 condition condition", [one, two]) == [1, 2], (
+    assert evaluated_by("1 dual:second=1 condition condition", [one, two]) == [1]
+    assert evaluated_by("2 dual condition condition", one) == [1, 2, 2]
+    assert evaluated_by("2 dual:low=0.9 condition condition", [one, two]) == [1, 2], (
         "the second is off at this time"
     )
-    assert options_by("1 dual:low=0.9 condition condition", [one, two]) == [1], (
+    assert evaluated_by("1 dual:low=0.9 condition condition", [one, two]) == [1], (
         "and so is the first"
     )
-    assert options_by("1 model:path=elsewhere", one) == [1], "what is off needs no other model"
+    assert evaluated_by("1 model:path=elsewhere", one) == [1], "what is off needs no other model"
     with pytest.raises(UserError, match="needs that model's denoiser"):
-        options_by("2 model:path=elsewhere", one)
+        evaluated_by("2 model:path=elsewhere", one)
     with pytest.raises(
         UserError,
-        match="3 conditionings to move away from, for guidance 2 dual condition condition: expected 2",
+        match="3 conditionings to move away from, for guidance 2 dual condition condition: "
+        "expected 2",
     ):
-        options_by("2 dual condition condition", [one, two, one])
+        evaluated_by("2 dual condition condition", [one, two, one])
 
 
 @pytest.mark.parametrize(
@@ -384,10 +388,10 @@ def test_nothing_is_guided_by_its_own_condition(line: str) -> None:
     """An unconditional draw, or the prompt as its own negative prompt: one pass, and the prediction
     as it is.
     """
-    assert options_by(line, vector(1.0)) == [1]
+    assert evaluated_by(line, vector(1.0)) == [1]
 
 
-def test_off_and_consistent_say_what_the_caller_needs_to_know() -> None:
+def test_off_and_consistent() -> None:
     assert (
         Guidance.parse(1).off
         and Guidance.parse("1 ramp").off

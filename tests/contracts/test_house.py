@@ -20,7 +20,7 @@ PICKLERS = {
 
 
 def offences(text: str, *, may_print: bool = False) -> list[str]:
-    """What breaks a house rule in a file's text, with line numbers."""
+    """Places of a file's text that break a house rule, with line numbers."""
     tree = ast.parse(text)
     result = [] if ast.get_docstring(tree) else ["1: no docstring says what this file is"]
     for node in ast.walk(tree):
@@ -39,7 +39,8 @@ def offences(text: str, *, may_print: bool = False) -> list[str]:
             pair = (called.value.id, called.attr)
             if pair in PICKLERS:
                 result.append(
-                    f"{node.lineno}: {'.'.join(pair)} writes a pickle or a bare array: write safetensors (sfumato.io.atomic.write_tensors)"
+                    f"{node.lineno}: {'.'.join(pair)} writes a pickle or a bare array: "
+                    "write safetensors (sfumato.io.atomic.write_tensors)"
                 )
             if pair == ("torch", "load") and not any(
                 k.arg == "weights_only"
@@ -84,7 +85,7 @@ def test_the_check_lets_good_files_pass() -> None:
     assert not offences('"""d"""\nprint(1)', may_print=True)
 
 
-def test_what_travels_in_the_wheel_is_small() -> None:
+def test_files_of_the_wheel_are_small() -> None:
     files = [f for f in SOURCE.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
     total = sum(f.stat().st_size for f in files)
     assert total < WHEEL_LIMIT, (

@@ -1,15 +1,15 @@
-"""The import law: who may know whom, read from the syntax tree of every file of the library
-(nothing is imported).
+"""The import law: which package may import which, and no circle.
 
-    types, batching, prediction, spec, validate, registry, errors, io <- kernels <- nn <- inference <- compress, predict
-    compress and diffuse never meet; diffuse knows no nn
+    types, batching, prediction, spec, validate, registry, errors, io
+        <- kernels <- nn <- inference <- compress, predict
+    compress and diffuse never import each other; diffuse imports no nn
     diffuse.process <- predict      compress <- decode
     the four acts <- checkpoints <- model <- tasks <- deploy, cli
-    acts + data + evaluate + checkpoints + model <- train            evaluate imports no act, data
-    neither
+    acts + data + evaluate + checkpoints + model <- train
+    evaluate and data import no act
 
-Imports inside functions and under TYPE_CHECKING count: knowing is knowing. Asking the registry for
-a folder counts as importing it.
+Every file is read as a syntax tree, nothing is imported. Imports inside functions and under
+TYPE_CHECKING count. A lookup of a folder in the registry counts as an import of it.
 """
 
 import ast
@@ -202,7 +202,7 @@ def offences(
     tree = ast.parse(text)
     zone = zone_of(module)
     if zone is None:
-        return [f"no zone of LAW holds sfumato.{module}: say there whom it may know"]
+        return [f"no zone of LAW holds sfumato.{module}: list there what it may import"]
     result = []
     for line, target in imports(tree, module, is_package, available):
         top = target.split(".")[0]
@@ -215,12 +215,14 @@ def offences(
         # and a zone knows itself.
         if not any(within(inner, allowed) for allowed in (zone, *LAW[zone])):
             result.append(
-                f"{line}: sfumato.{module} may not know {target} (zone {zone or 'sfumato'!r} may know {', '.join(LAW[zone]) or 'nobody'})"
+                f"{line}: sfumato.{module} may not import {target}: "
+                f"zone {zone or 'sfumato'!r} may import {', '.join(LAW[zone]) or 'nothing'}"
             )
     for line, target in imports_at_load(tree):
         if target.split(".")[0] in HEAVY:
             result.append(
-                f"{line}: {target} is imported when the file is: move it into the function that needs it"
+                f"{line}: {target} is imported with the file: "
+                "move the import into the function that needs it"
             )
     return result
 
@@ -310,7 +312,8 @@ def test_the_law_can_be_broken(module: str, text: str) -> None:
     [
         (
             "diffuse.process",
-            "from sfumato.diffuse.schedule import Schedule\nfrom .schedule import Schedule\nfrom sfumato.types import Prediction",
+            "from sfumato.diffuse.schedule import Schedule\nfrom .schedule import Schedule\n"
+            "from sfumato.types import Prediction",
         ),
         (
             "diffuse.samplers.ddim",
@@ -330,7 +333,7 @@ def test_the_law_can_be_broken(module: str, text: str) -> None:
         ("model", "find('diffuse.samplers', name)"),
     ],
 )
-def test_what_the_law_allows(module: str, text: str) -> None:
+def test_permitted_imports(module: str, text: str) -> None:
     assert not offences(text, module, available=AVAILABLE)
 
 

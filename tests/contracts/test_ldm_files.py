@@ -147,11 +147,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def published_yaml(name: str) -> dict[str, Any]:
-    inputs = PUBLISHED[name]
-    vq, wide = not inputs["first"]["double_z"], inputs["first"]["z_channels"]
+    published = PUBLISHED[name]
+    vq, wide = not published["first"]["double_z"], published["first"]["z_channels"]
     first = {
         "embed_dim": wide,
-        "ddconfig": inputs["first"],
+        "ddconfig": published["first"],
         "lossconfig": {"target": "torch.nn.Identity"},
     }
     first |= {"n_embed": 8192 if wide == 3 else 16384} if vq else {}
@@ -162,10 +162,10 @@ def published_yaml(name: str) -> dict[str, Any]:
         "num_timesteps_cond": 1,
         "image_size": 64,
     }
-    params |= {"channels": wide, "monitor": "val/loss", "concat_mode": False} | inputs.get(
+    params |= {"channels": wide, "monitor": "val/loss", "concat_mode": False} | published.get(
         "more", {}
     )
-    condition = inputs.get("condition", "__is_unconditional__")
+    condition = published.get("condition", "__is_unconditional__")
     if isinstance(condition, dict):
         condition = {**condition, "target": f"ldm.modules.encoders.modules.{condition['target']}"}
     target = f"ldm.models.autoencoder.{'VQModelInterface' if vq else 'AutoencoderKL'}"
@@ -176,7 +176,7 @@ def published_yaml(name: str) -> dict[str, Any]:
     params |= {
         "unet_config": {
             "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
-            "params": inputs["unet"],
+            "params": published["unet"],
         }
     }
     return {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
@@ -184,15 +184,15 @@ def published_yaml(name: str) -> dict[str, Any]:
 
 def published_file(name: str) -> dict[str, Tensor]:
     """Every key with its shape, from the YAML's own words alone."""
-    sentence = from_yaml(published_yaml(name))
-    unet = {**sentence.parts["unet"], **PUBLISHED[name]["heads"]}
+    original = from_yaml(published_yaml(name))
+    unet = {**original.parts["unet"], **PUBLISHED[name]["heads"]}
     up = {"ResnetDownsampleBlock2D": "ResnetUpsampleBlock2D"}
     unet["up_block_types"] = [
         up.get(k, k.replace("Down", "Up")) for k in reversed(unet["down_block_types"])
     ]
     if "condition" not in PUBLISHED[name]:
         unet |= {"_class_name": "UNet2DModel", "upsample_type": unet["downsample_type"]}
-    vae = dict(sentence.parts["vae"])
+    vae = dict(original.parts["vae"])
     vae["up_block_types"] = [
         k.replace("DownEncoder", "UpDecoder") for k in reversed(vae["down_block_types"])
     ]
@@ -213,26 +213,26 @@ def test_published_configurations(name: str) -> None:
     """Read with their YAML, the networks have the paper's sizes; unconditional ones and
     text-to-image need no YAML.
     """
-    inputs, file = PUBLISHED[name], published_file(name)
+    published, file = PUBLISHED[name], published_file(name)
     result = single.split_tensors(
         file, {}, "file", ReadOptions(original_config=from_yaml(published_yaml(name)))
     )
     unet = result.components["unet"].config
-    assert {k: unet.get(k) for k in inputs["heads"]} == inputs["heads"] and unet[
+    assert {k: unet.get(k) for k in published["heads"]} == published["heads"] and unet[
         "sample_size"
-    ] == inputs["side"]
+    ] == published["side"]
     network_class, config_class = registered()[unet["_class_name"]]
     with torch.device("meta"):
         network = network_class(config_class.from_dict(unet))
     count = sum(p.numel() for p in network.parameters())
     if name == "text-to-image":
         count += sum(math.prod(v.shape) for v in result.components["bert"].tensors.values())
-    assert count / 1e6 == pytest.approx(inputs["millions"], rel=0.004)
+    assert count / 1e6 == pytest.approx(published["millions"], rel=0.004)
     assert {k: tuple(v.shape) for k, v in network.state_dict().items()} == {
         k: v.shape for k, v in result.components["unet"].tensors.items()
     }
     schedule = result.schedulers["scheduler"]
-    more = inputs.get("more", {})
+    more = published.get("more", {})
     assert (schedule["beta_start"], schedule["beta_end"]) == (
         more.get("linear_start", 0.0015),
         more.get("linear_end", 0.0195),
@@ -294,7 +294,7 @@ def test_an_unconditional_file_there_and_back() -> None:
     }
     same = single.weights(
         single.split_tensors(matrices, {}, "file").components["unet"]
-    )  # 1x1 convolutions that somebody stored as matrices
+    )  # 1x1 convolutions that were stored as matrices
     assert all(
         torch.equal(v, same[k]) for k, v in single.weights(result.components["unet"]).items()
     )
@@ -348,15 +348,15 @@ def test_heads_that_do_not_divide_and_notes_that_are_none() -> None:
     for note in ("[]", "{", '{"num_heads": 0}', '{"num_head_channels": "x"}'):
         with pytest.raises(UserError, match=r"its note sfumato\.heads="):
             single.split_tensors(plain(), {"sfumato.heads": note}, "file")
-    settings = (
+    config = (
         single.split_tensors(plain(), {"sfumato.heads": '{"num_heads": 1}'}, "file")
         .components["unet"]
         .config
     )
-    assert settings["attention_head_dim"] is None
+    assert config["attention_head_dim"] is None
 
 
-def test_what_the_layout_cannot_tell_of_a_network_without_tokens() -> None:
+def test_fields_outside_the_layout_of_a_network_without_tokens() -> None:
     parts = single.split_tensors(plain(), {}, "file")
     for field, value in (
         ("freq_shift", 1),
@@ -644,7 +644,8 @@ def test_damaged_folders_of_text(tmp_path: Path) -> None:
         weights,
     )
     refused(
-        f"1 missing \\({key}\\); 1 not expected \\(model.odd\\); 1 of another shape \\(to_logits.bias "
+        f"1 missing \\({key}\\); 1 not expected \\(model.odd\\); "
+        "1 of another shape \\(to_logits.bias "
     )
     save_file({**whole, key: torch.full_like(whole[key], torch.inf)}, weights)
     refused(f"{key} has NaN or infinite numbers")

@@ -84,7 +84,7 @@ def watched(model: LatentDiffusion) -> Iterator[list[int]]:
     """The batch sizes of the network's calls."""
     calls: list[int] = []
     handle = model.denoiser.network.register_forward_hook(
-        lambda module, supplied, result: calls.append(len(result))
+        lambda module, inputs, result: calls.append(len(result))
     )
     try:
         yield calls
@@ -118,7 +118,7 @@ def test_a_repeated_batch_of_conditions_is_joined_again_only_if_it_is_the_same()
 
 
 def test_a_denoiser_follows_its_network_to_another_dtype() -> None:
-    """Where the first weight lies is remembered, not what it is."""
+    """The module of the first weight is remembered, not the weight."""
     denoiser, condition = tiny_model().denoiser, tiny_model().conditioner([CLASSES[0]])
     x = torch.randn(1, *LATENT, generator=torch.Generator().manual_seed(0))
     before = denoiser(x, 0.5, condition).x0
@@ -375,17 +375,17 @@ def test_half_precision_that_overflows_is_decoded_again(
     assert "decoding again in float32" in caplog.text
     assert half.autoencoder.dtype == torch.float16, "the model is left as it is"
     assert np.abs(np.asarray(result, dtype=int) - np.asarray(expected, dtype=int)).max() <= 3
-    with pytest.raises(NumericalError):  # what is wrong in the latent is no overflow
+    with pytest.raises(NumericalError):  # NaN in the latent is no overflow
         half.decode(z * float("nan"))
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_timesteps_are_what_steps_stand_for(each: LatentDiffusion, sampler: str) -> None:
+def test_timesteps_replace_steps(each: LatentDiffusion, sampler: str) -> None:
     times = each.times(4)
     assert times == [1.0, 0.75, 0.5, 0.25, 0.0]
     expected = latents(each, steps=4, sampler=sampler)
-    for supplied in (times, tuple(times), torch.tensor(times, dtype=torch.float64).tolist()):
-        assert torch.equal(expected, latents(each, timesteps=supplied, sampler=sampler, steps=99))
+    for inputs in (times, tuple(times), torch.tensor(times, dtype=torch.float64).tolist()):
+        assert torch.equal(expected, latents(each, timesteps=inputs, sampler=sampler, steps=99))
     assert not torch.equal(
         expected, latents(each, timesteps=[1.0, 0.6, 0.5, 0.25, 0.0], sampler=sampler)
     )
@@ -671,7 +671,7 @@ def with_weight(model: LatentDiffusion, part: str) -> LatentDiffusion:
     return other
 
 
-def test_the_hash_is_of_what_decides_an_image(
+def test_the_hash_covers_all_that_changes_an_image(
     model: LatentDiffusion, models: dict[str, LatentDiffusion]
 ) -> None:
     assert len(model.hash) == 64 and model.hash == tiny_model().hash == model.to("cpu").hash
@@ -748,7 +748,8 @@ def test_defaults_are_those_of_the_model(model: LatentDiffusion) -> None:
     assert not torch.equal(latents(tuned, "bag"), latents(tuned, "bag", spacing="trailing"))
     with pytest.raises(
         UserError,
-        match="'tuned' for ddim in 4 steps: this model has tuned times for ddim in 2 steps, heun in 3 steps",
+        match="'tuned' for ddim in 4 steps: this model has tuned times for ddim in 2 steps, heun "
+        "in 3 steps",
     ):
         tuned.times(4, spacing="tuned")
     with pytest.raises(UserError, match="fall strictly"):
@@ -909,7 +910,7 @@ def test_a_full_disk_loses_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["m"], "and leaves nothing behind"
 
 
-def test_saving_does_not_remove_what_is_not_a_model(
+def test_saving_leaves_other_folders_and_files_alone(
     model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     thesis = tmp_path / "documents" / "thesis.txt"
@@ -931,7 +932,7 @@ def test_saving_does_not_remove_what_is_not_a_model(
     assert sfumato.load(tmp_path / "new" / "folders" / "m").hash == model.hash
 
 
-def test_a_name_that_is_nowhere_lists_what_there_is() -> None:
+def test_an_unknown_name_lists_the_bundled_models() -> None:
     from sfumato.loading import bundled
 
     with pytest.raises(UserError) as caught:
@@ -1049,7 +1050,7 @@ def broken_at(network: torch.nn.Module, call: int, value: float) -> Iterator[Non
     """One number of the network's output in its call number `call` becomes `value`."""
     count = 0
 
-    def hook(module: object, supplied: object, result: Tensor) -> Tensor | None:
+    def hook(module: object, inputs: object, result: Tensor) -> Tensor | None:
         nonlocal count
         count += 1
         if count != call:
@@ -1146,7 +1147,7 @@ MIXED = [
 
 
 @pytest.mark.parametrize("rows", [None, 1, 3])
-def test_many_requests_get_what_each_would_have_alone(
+def test_many_requests_get_the_images_of_each_alone(
     model: LatentDiffusion, rows: int | None
 ) -> None:
     """Different steps, samplers, spacings, guidance, seeds, sizes: bit for bit, in fewer forward
@@ -1156,11 +1157,11 @@ def test_many_requests_get_what_each_would_have_alone(
     calls: list[int] = []
     hook = network.register_forward_hook(lambda module, inputs, y: calls.append(len(y)))
     try:
-        sentence = [
+        requests = [
             {f.name: getattr(r, f.name) for f in fields(r) if getattr(r, f.name) != f.default}
             for r in MIXED
         ]
-        alone = [model.generate(output="latent", **values) for values in sentence]
+        alone = [model.generate(output="latent", **values) for values in requests]
         separate = calls.copy()
         calls.clear()
         together = model.run_many(MIXED, output="latent", batch=rows)
@@ -1168,7 +1169,7 @@ def test_many_requests_get_what_each_would_have_alone(
         hook.remove()
     for one, result in zip(alone, together, strict=True):
         assert torch.equal(one, result)
-    assert sum(calls) == sum(separate)  # no row is asked twice
+    assert sum(calls) == sum(separate)  # no row is evaluated twice
     assert max(calls) <= rows if rows else len(calls) < len(separate) / 2
 
 
@@ -1184,7 +1185,7 @@ def test_a_cancelled_request_leaves_the_others_alone(model: LatentDiffusion) -> 
         result[0], model.run_many(MIXED[:1], output="latent")[0]
     )
     assert [s for s in seen if s[0] == 1] == [(1, 0, 5), (1, 1, 5)]
-    # Heun asks twice a step, and once for the last
+    # Heun evaluates twice a step, and once for the last
     assert [s[1:] for s in seen if s[0] == 2] == [(i, 3) for i in range(3)]
     assert model.run_many([]) == [] and isinstance(
         model.run_many([{"prompt": "bag"}])[0][0], Image.Image
@@ -1220,11 +1221,12 @@ def test_inversion_finds_the_noise_that_makes_the_image_again(fashion: LatentDif
 
 @pytest.mark.parametrize("combine", names("predict.guidance.rules"))
 @pytest.mark.parametrize("weight", names("predict.guidance.weights"))
-def test_what_is_guided_does_not_depend_on_its_neighbours(
+def test_guided_images_do_not_depend_on_their_batch(
     model: LatentDiffusion, combine: str, weight: str
 ) -> None:
-    """An image without a condition has nothing to move away from, beside guided ones as alone
-    (CFG-Zero*, say, does not hold it).
+    """An image without a condition is not guided, beside guided ones as alone.
+
+    CFG-Zero*, for example, does not hold it.
     """
     guidance = {
         "scale": 2.0,

@@ -68,8 +68,8 @@ ONE_OF |= {
     "SfumatoDiT": {"num_class_embeds": 6},
 }
 ONE_OF |= {"Flux2Transformer2DModel": {"axes_dims_rope": (4, 4, 4, 4)}}
-UNHEARD = {"SD3Transformer2DModel": "transformer_blocks.1.attn.add_q_proj"}
-"""What published files hold and nothing hears: the questions of text in the last block."""
+UNUSED_WEIGHTS = {"SD3Transformer2DModel": "transformer_blocks.1.attn.add_q_proj"}
+"""Published weights that no output depends on: the queries of text in the last block."""
 # others choose one of these
 NETWORKS = sorted(name for name, (_, config) in registered().items() if is_dataclass(config))
 SIZES = [(8, 8), (12, 6), (7, 9)]
@@ -81,29 +81,29 @@ PARTS = ("attn", "attn1", "attn2", "attention", "ff", "ff_context", "feed_forwar
 def small(name: str) -> Network:
     """A network of which every weight shows, at rest."""
     config_class = registered()[name][1]
-    available = {f.name for f in fields(config_class)}
-    values = {key: value for key, value in SMALL.items() if key in available} | ONE_OF.get(name, {})
+    names = {f.name for f in fields(config_class)}
+    values = {key: value for key, value in SMALL.items() if key in names} | ONE_OF.get(name, {})
     network = random_network(lambda: build(config_class(**values)))
     assert isinstance(network, Network)
     return network.requires_grad_(True)
 
 
-def settings(network: Network, n: int, size: tuple[int, int]) -> Conditioning:
+def conditions(network: Network, n: int, size: tuple[int, int]) -> Conditioning:
     """Something through every door that the network has."""
     width, vector = network.token_width, network.vector_width
     if network.classes:
-        arguments = torch.eye(network.classes)[torch.arange(n) % network.classes]
+        vectors = torch.eye(network.classes)[torch.arange(n) % network.classes]
     else:
-        arguments = None if vector is None else 30 * normal(n, vector, seed=1).abs()
+        vectors = None if vector is None else 30 * normal(n, vector, seed=1).abs()
     if network.guidance_embeds:
         strength = 3 + torch.arange(n, dtype=torch.float32)[:, None]
-        arguments = strength if arguments is None else torch.cat([arguments, strength], 1)
+        vectors = strength if vectors is None else torch.cat([vectors, strength], 1)
     extra = network.in_channels - network.channels
     return Conditioning(
         tokens=None
         if width is None
         else normal(n, 5, width if isinstance(width, int) else width[0], seed=2),
-        vector=arguments,
+        vector=vectors,
         concat=normal(n, extra, *size, seed=3) if extra > 0 else None,
     )
 
@@ -114,7 +114,7 @@ def inputs(
     return (
         normal(n, network.channels, *size),
         1000 * (torch.arange(n) + 0.5) / n,
-        settings(network, n, size),
+        conditions(network, n, size),
     )
 
 
@@ -228,7 +228,7 @@ def test_every_weight_is_trained(name: str) -> None:
     silent = [
         key for key, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
     ]
-    assert not [key for key in silent if not key.startswith(UNHEARD.get(name, "-"))]
+    assert not [key for key in silent if not key.startswith(UNUSED_WEIGHTS.get(name, "-"))]
     gone = [
         key
         for key, p in network.named_parameters()
@@ -249,7 +249,7 @@ def test_half_precision_is_near(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_it_says_of_itself(name: str) -> None:
+def test_attributes(name: str) -> None:
     network = small(name)
     assert network.part in ("unet", "transformer")
     assert (
@@ -332,8 +332,9 @@ def weakened(
 def test_perturbed_attention_is_attention_under_a_map(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Written out, with minus infinity between a picture's token and the others of the picture,
-    where each still sees text, references and all else that there is, which see all. The text's
+    """The map has minus infinity between a token of the image and the others of the image.
+
+    Every token still attends to text, references and all other tokens, and those to all. The text's
     mask stays.
     """
     network = small(name)
@@ -433,14 +434,15 @@ def test_layers_that_are_not_there_are_refused_by_those_that_are(name: str) -> N
     network = small(name)
     _, _, cond = inputs(network)
     last = groups_of(network)[-1]
-    for kind, message in (
+    for kind, label in (
         (PerturbedAttention, "layer with self-attention"),
         (SkipLayers, "layer that can be left out"),
     ):
         for wrong in (f"{last}.2", f"{last}.1-2", f"{last}.1-0", "proj_out"):
             with pytest.raises(
                 UserError,
-                match=rf"^unknown {message} '\w+[.0-9-]*': .*expected one of .*\b{last}\.0-1, {last}\.0-1\.att",
+                match=rf"^unknown {label} '\w+[.0-9-]*': .*expected one of .*\b{last}\.0-1, "
+                rf"{last}\.0-1\.att",
             ):
                 weakened(network, kind((wrong,)), cond)
         every = weakened(network, kind((f"{last}.0-1",)), cond)

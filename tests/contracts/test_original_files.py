@@ -1,6 +1,7 @@
-"""Files in the original layouts as they come: pickles, nested, with buffers and running averages,
-damaged, renamed, transposed, of other kinds; each is read rightly or refused in one sentence that
-names what is wrong.
+"""Files in the original layouts as published.
+
+They are pickles, nested, with buffers and running averages, damaged, renamed, transposed, of other
+kinds; each is read rightly or refused in one sentence that names the error.
 """
 
 import os
@@ -204,8 +205,10 @@ def test_missing_extra_misshapen_and_integer_keys_are_in_one_message() -> None:
     text = str(caught.value)
     for piece in (
         "some.safetensors",
-        "2 missing (first_stage_model.decoder.mid.attn_1.q.weight, model.diffusion_model.output_blocks.1.0.in_layers.0.bias)",
-        "2 not expected (cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc9.bias, somewhere.else)",
+        "2 missing (first_stage_model.decoder.mid.attn_1.q.weight, "
+        "model.diffusion_model.output_blocks.1.0.in_layers.0.bias)",
+        "2 not expected (cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc9.bias, "
+        "somewhere.else)",
         f"1 of another shape ({wide} (32, 64, 3, 3) instead of (64, 32, 3, 3))",
         "1 not of floating-point numbers (model.diffusion_model.out.2.weight int64)",
     ):
@@ -214,6 +217,7 @@ def test_missing_extra_misshapen_and_integer_keys_are_in_one_message() -> None:
 
 def test_every_single_fault_is_refused_and_names_its_key() -> None:
     """One key in three, one at a time: gone, renamed, transposed or flattened, of whole numbers.
+
     None goes through.
     """
     whole = sd1()
@@ -301,31 +305,31 @@ def sd2() -> dict[str, Tensor]:
 
 
 def test_the_parameterization_comes_from_caller_file_or_default(tmp_path: Path) -> None:
-    def options(
-        notes: dict[str, str] | None = None, inputs: str | None = None, **extra: Tensor
+    def detected(
+        notes: dict[str, str] | None = None, prediction: str | None = None, **extra: Tensor
     ) -> tuple[str, int]:
         result = single.split_tensors(
-            sd2() | extra, notes or {}, "file", ReadOptions(prediction_type=inputs)
+            sd2() | extra, notes or {}, "file", ReadOptions(prediction_type=prediction)
         )
         return result.schedulers["scheduler"]["prediction_type"], result.components["unet"].config[
             "sample_size"
         ]
 
-    assert options() == ("v_prediction", 96)
-    assert options(inputs="epsilon") == ("epsilon", 64)
-    assert options({"modelspec.prediction_type": "epsilon"}) == ("epsilon", 64)
-    assert options({"modelspec.prediction_type": "epsilon"}, inputs="v_prediction") == (
+    assert detected() == ("v_prediction", 96)
+    assert detected(prediction="epsilon") == ("epsilon", 64)
+    assert detected({"modelspec.prediction_type": "epsilon"}) == ("epsilon", 64)
+    assert detected({"modelspec.prediction_type": "epsilon"}, prediction="v_prediction") == (
         "v_prediction",
         96,
     )
-    assert options({"modelspec.architecture": "stable-diffusion-v2-512"}) == ("epsilon", 64)
-    assert options({"modelspec.architecture": "stable-diffusion-v2-768-v"}) == ("v_prediction", 96)
+    assert detected({"modelspec.architecture": "stable-diffusion-v2-512"}) == ("epsilon", 64)
+    assert detected({"modelspec.architecture": "stable-diffusion-v2-768-v"}) == ("v_prediction", 96)
     torch.save({"global_step": 875000, "state_dict": sd2()}, tmp_path / "base.ckpt")
     assert (
         single.split(tmp_path / "base.ckpt").schedulers["scheduler"]["prediction_type"] == "epsilon"
     )
     with pytest.raises(UserError, match="note modelspec"):
-        options({"modelspec.prediction_type": "banana"})
+        detected({"modelspec.prediction_type": "banana"})
     with pytest.raises(UserError, match="unknown prediction_type"):
         ReadOptions(prediction_type="flow")
     result = single.split_tensors(
@@ -335,7 +339,7 @@ def test_the_parameterization_comes_from_caller_file_or_default(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_what_is_predicted_survives_the_file(tmp_path: Path, prediction: str) -> None:
+def test_the_prediction_type_survives_the_file(tmp_path: Path, prediction: str) -> None:
     for make in (sd1, sd2):
         parts = single.split_tensors(make(), {}, "file", ReadOptions(prediction_type=prediction))
         single.save(tmp_path / "a.safetensors", parts)
@@ -364,7 +368,7 @@ def test_requested_running_averages_are_absent() -> None:
         ("text_encoder", "layer_norm_eps", 1e-6),
     ],
 )
-def test_join_refuses_what_the_layout_cannot_tell(part: str, field: str, value: Any) -> None:
+def test_join_refuses_fields_outside_the_layout(part: str, field: str, value: Any) -> None:
     parts = single.split_tensors(sd1(), {}, "file")
     single.join(parts)
     parts.components[part].config[field] = value
@@ -472,15 +476,16 @@ model:
     conditioning_key: crossattn
     unet_config:
       target: ldm.modules.diffusionmodules.openaimodel.UNetModel
-      params: {image_size: 8, in_channels: 4, out_channels: 4, model_channels: 32, attention_resolutions: [1], num_res_blocks: 1,
-        channel_mult: [1, 2], num_head_channels: 32, use_spatial_transformer: true, transformer_depth: 1, context_dim: 64}
+      params: {image_size: 8, in_channels: 4, out_channels: 4, model_channels: 32,
+        attention_resolutions: [1], num_res_blocks: 1, channel_mult: [1, 2], num_head_channels: 32,
+        use_spatial_transformer: true, transformer_depth: 1, context_dim: 64}
     first_stage_config:
       target: ldm.models.autoencoder.VQModelInterface
       params:
         embed_dim: 4
         n_embed: 11
-        ddconfig: {double_z: false, z_channels: 4, resolution: 16, in_channels: 3, out_ch: 3, ch: 32, ch_mult: [1, 2],
-          num_res_blocks: 1, attn_resolutions: [8], dropout: 0.0}
+        ddconfig: {double_z: false, z_channels: 4, resolution: 16, in_channels: 3, out_ch: 3,
+          ch: 32, ch_mult: [1, 2], num_res_blocks: 1, attn_resolutions: [8], dropout: 0.0}
         lossconfig: {target: torch.nn.Identity}
     cond_stage_config:
       target: ldm.modules.encoders.modules.ClassEmbedder
@@ -488,7 +493,7 @@ model:
 """
 
 
-def sentence(**changes: tuple[str, str]) -> OriginalConfig:
+def changed_yaml(**changes: tuple[str, str]) -> OriginalConfig:
     import yaml
 
     text = YAML
@@ -498,14 +503,14 @@ def sentence(**changes: tuple[str, str]) -> OriginalConfig:
     return from_yaml(yaml.safe_load(text))
 
 
-def test_yaml_says_what_keys_do_not(tmp_path: Path) -> None:
+def test_yaml_sets_fields_that_keys_do_not_determine(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(YAML)
     read = read_yaml(tmp_path / "config.yaml")
     result = single.split_tensors(ldm_class(), {}, "file", ReadOptions(original_config=read))
     assert result.components["unet"].config["attention_head_dim"] == [1, 2]
     assert result.components["vae"].config["scaling_factor"] == 1.0
     assert result.schedulers["scheduler"]["prediction_type"] == "epsilon"
-    more = sentence(
+    more = changed_yaml(
         a=("num_head_channels: 32", "num_heads: 4"),
         b=("image_size: 8\n", "image_size: 8\n    parameterization: v\n    scale_factor: 0.5\n"),
     )
@@ -530,7 +535,7 @@ def test_yaml_says_what_keys_do_not(tmp_path: Path) -> None:
 def test_a_yaml_of_another_model_is_refused(old: str, new: str, message: str) -> None:
     with pytest.raises(UserError, match=f"not the model of the YAML.*{message}"):
         single.split_tensors(
-            ldm_class(), {}, "file", ReadOptions(original_config=sentence(a=(old, new)))
+            ldm_class(), {}, "file", ReadOptions(original_config=changed_yaml(a=(old, new)))
         )
 
 
@@ -556,7 +561,7 @@ def test_a_yaml_of_another_model_is_refused(old: str, new: str, message: str) ->
 )
 def test_unknown_targets_and_parameters_are_refused(old: str, new: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        sentence(a=(old, new))
+        changed_yaml(a=(old, new))
 
 
 def test_damaged_yaml(tmp_path: Path) -> None:

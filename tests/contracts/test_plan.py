@@ -57,7 +57,7 @@ def inpainting() -> LatentDiffusion:
 
 Z = torch.zeros(1, *LATENT)
 MASK = torch.ones(1, 1, 8, 8)
-# Fields of a request beside the prompt "bag", and what is said about them. Values of the wrong
+# Fields of a request beside the prompt "bag", and their messages. Values of the wrong
 # kind: tests/end_to_end/test_bad_input.py.
 REFUSED: list[tuple[dict[str, Any], str]] = [
     # the numbers of a run
@@ -146,12 +146,12 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("values", "words"), REFUSED, ids=[words for _, words in REFUSED])
-def test_a_plan_refuses_what_a_run_would_refuse(
+def test_a_plan_raises_the_errors_of_a_run(
     model: LatentDiffusion, empty: LatentDiffusion, values: dict[str, Any], words: str
 ) -> None:
     """The same sentence from a model without weights, from one with them, and from a run."""
     request = {"prompt": "bag", **values}
-    message = []
+    messages = []
     acts: list[Callable[[], object]] = [
         lambda: empty.plan(request),
         lambda: model.plan(request),
@@ -160,8 +160,8 @@ def test_a_plan_refuses_what_a_run_would_refuse(
     for act in acts:
         with pytest.raises(UserError, match=words) as caught:
             act()
-        message.append(str(caught.value))
-    assert len(set(message)) == 1
+        messages.append(str(caught.value))
+    assert len(set(messages)) == 1
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_a_plan_of_a_possible_request_needs_no_weight(
     )
 
 
-def test_a_plan_holds_what_the_run_uses(model: LatentDiffusion) -> None:
+def test_a_plan_holds_the_values_of_the_run(model: LatentDiffusion) -> None:
     plan = model.plan(Request("bag", n=2, steps=4, sampler="ddim:eta=0.5", seed=5, guidance=3))
     assert plan.timesteps == tuple(timesteps("trailing", 4, model.denoiser.process.schedule))
     assert (plan.sampler_function.__name__, plan.options, plan.seeds) == (
@@ -341,7 +341,10 @@ def test_a_refined_request_is_resolved_once_for_each_model(
 
 
 def test_generate_takes_every_field_of_a_request() -> None:
-    """Two lists in one file: no field can be forgotten, and both say the same of it."""
+    """The two lists in one file have the same fields and the same descriptions.
+
+    No field can be forgotten.
+    """
     types, keywords = get_type_hints(Request), get_type_hints(RequestFields)
     assert list(keywords) == [f.name for f in fields(Request) if f.name != "prompt"]
     assert {name: types[name] for name in keywords} == keywords

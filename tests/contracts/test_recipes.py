@@ -98,7 +98,7 @@ def some_fashion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shrunk(recipe: Any, source: Path) -> Any:
-    """The same recipe, narrow and short: what is on in it stays on."""
+    """The same recipe, narrow and short, with all its parts."""
     loop = replace(
         recipe.loop, steps=2, batch_size=8, warmup=1, save_every=1, show_every=1, log_every=1
     )
@@ -290,7 +290,8 @@ def test_run_recipe_runs_a_file(three: Path, tmp_path: Path) -> None:
         "from sfumato.compress.kl import KLConfig\n"
         "from sfumato.train.loop import LoopSettings\n"
         "from sfumato.train.recipe import AutoencoderRecipe, DataSettings\n"
-        f"autoencoder = AutoencoderRecipe(DataSettings({str(three)!r}, size=16), KLConfig(block_out_channels=(8, 16), layers_per_block=1, "
+        f"autoencoder = AutoencoderRecipe(DataSettings({str(three)!r}, size=16), "
+        "KLConfig(block_out_channels=(8, 16), layers_per_block=1, "
         "latent_channels=2, norm_num_groups=4), loop=LoopSettings(steps=1, batch_size=2))\n"
     )
     folder = run_recipe(tmp_path / "mine.py", "autoencoder", tmp_path / "run")

@@ -46,11 +46,11 @@ everywhere = pytest.mark.parametrize("kind", KINDS)
 
 
 def gaussian(
-    chosen: Schedule, options: list[float] | None = None, network: str = "denoiser"
+    chosen: Schedule, evaluated: list[float] | None = None, network: str = "denoiser"
 ) -> Callable[[Tensor, float], Prediction]:
     def denoise(x: Tensor, t: float) -> Prediction:
-        if options is not None:
-            options.append(t)
+        if evaluated is not None:
+            evaluated.append(t)
         alpha, sigma = chosen.point(t)
         mean, std = MEAN.to(x.dtype), STD.to(x.dtype)
         total = alpha**2 * std.square() + sigma**2
@@ -129,7 +129,7 @@ def test_a_sampler_is_a_generator_function_of_x_times_schedule_and_noise(name: s
         for p in parameters[4:]
     )
     module = inspect.getmodule(inside)
-    # says what it is, and whose
+    # names the method and its source
     assert inside.__doc__ and module is not None and module.__doc__ and "arXiv" in module.__doc__
     # no state
     assert not [
@@ -142,53 +142,57 @@ def test_a_sampler_is_a_generator_function_of_x_times_schedule_and_noise(name: s
 @every
 @everywhere
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_it_asks_where_it_should_and_as_often_as_it_says(name: str, kind: str, steps: int) -> None:
-    """First at the first time, never at 0 or above 1, at each of the times it was given, and as
-    often as `calls` says without a network.
+def test_the_network_is_evaluated_at_the_times_as_often_as_calls_counts(
+    name: str, kind: str, steps: int
+) -> None:
+    """The network is evaluated first at the first time, and at each time of the list.
+
+    No time is 0 or below, or above 1; `calls` counts the evaluations without a network.
     """
     chosen = KINDS[kind]
     times = timesteps("trailing", steps, chosen)
     output = list(iterate_steps(begin(name, chosen, times, [0, 1]), gaussian(chosen), steps))
-    options = [s.t for s in output if isinstance(s, Step)]
+    evaluated = [s.t for s in output if isinstance(s, Step)]
     assert (
-        options[0] == times[0]
-        and all(0 < t <= 1 for t in options)
+        evaluated[0] == times[0]
+        and all(0 < t <= 1 for t in evaluated)
         and isinstance(output[-1], Tensor)
     )
-    assert len(options) == calls(SAMPLERS[name], times, chosen)
+    assert len(evaluated) == calls(SAMPLERS[name], times, chosen)
     assert all(s.x.shape == (2, *SHAPE) for s in output if isinstance(s, Step)) and output[
         -1
     ].shape == (2, *SHAPE)
     if name not in ("restart", "edm"):  # they go up again, and edm asks above the times
-        assert set(times[:-1]) <= set(options) and len(options) <= TRAITS[name].calls * steps
+        assert set(times[:-1]) <= set(evaluated) and len(evaluated) <= TRAITS[name].calls * steps
     if TRAITS[name].calls == 1:
-        assert options == times[:-1]
+        assert evaluated == times[:-1]
 
 
 @every
 @everywhere
 @pytest.mark.parametrize("steps", [1, 2, 3, 50])
 def test_every_number_is_finite_from_t_one_to_t_zero(name: str, kind: str, steps: int) -> None:
-    """`run` raises at the first NaN; one step is what the denoiser said at t = 1, whatever the
-    sampler: no noise is left, none is added.
+    """`run` raises at the first NaN.
+
+    One step gives the prediction at t = 1, whatever the sampler: no noise is left, none is added.
     """
     chosen = KINDS[kind]
     for spacing in ("trailing", "linspace", "leading", "karras", "log_snr"):
-        *options, result = iterate_steps(
+        *evaluated, result = iterate_steps(
             begin(name, chosen, timesteps(spacing, steps, chosen), [0]), gaussian(chosen), steps
         )
         assert (
             isinstance(result, Tensor)
             and torch.isfinite(result).all()
-            and isinstance(options[-1], Step)
+            and isinstance(evaluated[-1], Step)
         )
         # The data lie within 1.5 + 1.2 * 5. Slopes overshoot in 2 or 3 steps, as published; not in
         # 50.
         assert steps in (2, 3) or float(result.abs().max()) < 15, spacing
         if steps == 1:
             # lcm: c_skip
-            assert len(options) == 1 and (
-                name == "lcm" or torch.allclose(result, options[-1].prediction.x0, atol=1e-4)
+            assert len(evaluated) == 1 and (
+                name == "lcm" or torch.allclose(result, evaluated[-1].prediction.x0, atol=1e-4)
             )
 
 
@@ -221,7 +225,7 @@ def test_samples_have_the_mean_and_variance_of_the_data(name: str, kind: str) ->
         return torch.randn((count, *SHAPE), generator=generator, dtype=torch.float64)
 
     alpha, sigma = chosen.point(1.0)
-    # the exact marginal: what is measured is the sampler
+    # the exact marginal: only the sampler is measured
     x = alpha * (MEAN + STD * draw()) + sigma * draw()
     times = (
         timesteps("trailing", 150, chosen) if kind != "edm" else timesteps("karras", 150, chosen)
@@ -238,7 +242,7 @@ def test_samples_have_the_mean_and_variance_of_the_data(name: str, kind: str) ->
 
 
 @every
-def test_noise_is_drawn_where_the_traits_say_so(name: str) -> None:
+def test_noise_is_drawn_by_the_traits(name: str) -> None:
     chosen, drawn = KINDS["flow"], []
 
     def draw() -> Tensor:
@@ -382,17 +386,17 @@ def test_tensors_that_come_in_are_not_written_to(name: str) -> None:
     chosen = KINDS["cosine"]
     times = timesteps("trailing", 4, chosen)
     x = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
-    start, inputs = x.clone(), []
+    start, records = x.clone(), []
     noise = torch.ones(1, *SHAPE)
 
     def denoise(x: Tensor, t: float) -> Prediction:
         output = gaussian(chosen)(x, t)
-        inputs.append((x, x.clone(), output, output.x0.clone(), output.eps.clone()))
+        records.append((x, x.clone(), output, output.x0.clone(), output.eps.clone()))
         return output
 
     run_sampler(SAMPLERS[name](x, times, chosen, lambda: noise), denoise, 4)
     assert torch.equal(x, start) and torch.equal(noise, torch.ones(1, *SHAPE))
-    for seen, before, output, x0, eps in inputs:
+    for seen, before, output, x0, eps in records:
         assert (
             torch.equal(seen, before)
             and torch.equal(output.x0, x0)
@@ -439,9 +443,9 @@ def test_a_run_may_end_before_t_zero(name: str, kind: str) -> None:
 def test_cancelling_closes_it(name: str) -> None:
     chosen = schedule("flow")
     sampler = begin(name, chosen, timesteps("trailing", 9, chosen), [0])
-    options: list[float] = []
-    assert run_sampler(sampler, gaussian(chosen, options), 9, lambda step: step.index < 2) is None
-    assert len(options) == 3 and next(sampler, "closed") == "closed"
+    evaluated: list[float] = []
+    assert run_sampler(sampler, gaussian(chosen, evaluated), 9, lambda step: step.index < 2) is None
+    assert len(evaluated) == 3 and next(sampler, "closed") == "closed"
 
 
 @pytest.mark.parametrize("kind", ["cosine", "flow"])
@@ -502,13 +506,13 @@ def test_upward_ones_end_at_the_first_time_and_come_back(name: str, kind: str) -
     times = timesteps(
         "linspace", 12, chosen, start=1.0 if "flow" in kind else 0.9 if kind != "edm" else 0.6
     )
-    options: list[float] = []
+    evaluated: list[float] = []
     x = run_sampler(
         SAMPLERS[name](z, times, chosen, lambda: z, iterations=60),
-        gaussian(chosen, options),
+        gaussian(chosen, evaluated),
         12 * 60,
     )
-    assert x is not None and options[-1] == times[0] and min(options) == times[-2]
+    assert x is not None and evaluated[-1] == times[0] and min(evaluated) == times[-2]
     again = run_sampler(SAMPLERS["ddim"](x, times, chosen, lambda: z), gaussian(chosen), 12)
     assert again is not None and float((again - z).abs().max()) < 1e-6
     rough = run_sampler(SAMPLERS[name](z, times, chosen, lambda: z), gaussian(chosen), 12)

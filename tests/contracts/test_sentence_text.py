@@ -1,5 +1,6 @@
-"""Sentence encoders: what their folders may be, what is refused, and whole models that read by one:
-a folder, a file, streamed.
+"""Sentence encoders: requirements of their folders, and refusals.
+
+Whole models that read by one are opened from a folder, from a file, and streamed.
 """
 
 import json
@@ -91,7 +92,7 @@ def test_a_row_has_no_neighbours(opened: SentenceText) -> None:
             )
 
 
-def test_the_mean_of_what_counts_is_what_the_network_takes(opened: SentenceText) -> None:
+def test_the_network_takes_the_mean_of_unmasked_tokens(opened: SentenceText) -> None:
     """A caption's padding changes nothing in a picture either."""
     network = dit().denoiser.network
     x, t = (
@@ -103,10 +104,11 @@ def test_the_mean_of_what_counts_is_what_the_network_takes(opened: SentenceText)
     assert not torch.allclose(few, network(x, t, opened(["the dog"])), atol=1e-4)
 
 
-def test_what_it_cannot_read_is_refused_in_a_sentence(opened: SentenceText) -> None:
+def test_unreadable_prompts_are_refused(opened: SentenceText) -> None:
     with pytest.raises(
         UserError,
-        match=r"prompt 'dog dog .* has 70 tokens: expected at most 62; shorten it, set truncation='cut'",
+        match=r"prompt 'dog dog .* has 70 tokens: expected at most 62; "
+        r"shorten it, set truncation='cut'",
     ):
         opened(["dog " * 70])
     assert opened(["dog " * 62]).mask.all()
@@ -205,32 +207,43 @@ CASED = {
 }
 BAD: list[tuple[Change, str]] = [
     (lambda f: (f / "config.json").unlink(), "config.json is missing"),
-    (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer: expected BERT's tokenizer.json or vocab.txt"),
+    (lambda f: (f / "tokenizer.json").unlink(),
+     "has no tokenizer: expected BERT's tokenizer.json or vocab.txt"),
     (lambda f: (f / "tokenizer.json").write_text("{"), "encoder has a value of the wrong kind"),
     (lambda f: (f / "model.safetensors").unlink(), "has no weights model.safetensors"),
     (lambda f: (f / "model.safetensors").write_text("no"), "is not a whole safetensors file"),
     (pickled({"code": print}, part=""), "is refused: it is a pickle that wants to run code"),
-    (table("tokenizer_config.json", tokenizer_class="XLMRobertaTokenizer"), "is of class 'XLMRobertaTokenizer': expected BertTokenizer"),
-    (table("tokenizer.json", normalizer=CASED), "tokenizer.json has the normalizer .*'lowercase': False.* and tokenizer_config.json means .*True"),
+    (table("tokenizer_config.json", tokenizer_class="XLMRobertaTokenizer"),
+     "is of class 'XLMRobertaTokenizer': expected BertTokenizer"),
+    (table("tokenizer.json", normalizer=CASED),
+     "tokenizer.json has the normalizer .*'lowercase': False.* and tokenizer_config.json means "
+     ".*True"),
     (table("config.json", model_type="roberta"), "is of type 'roberta', .*: expected bert"),
     (table("config.json", window=3), "window=3 is not known to a sentence encoder"),
-    (table("config.json", position_embedding_type="relative_key"), "position_embedding_type='relative_key' is not supported"),
-    (table("config.json", is_decoder=True), "is_decoder=True is not supported in a sentence encoder: expected False"),
+    (table("config.json", position_embedding_type="relative_key"),
+     "position_embedding_type='relative_key' is not supported"),
+    (table("config.json", is_decoder=True),
+     "is_decoder=True is not supported in a sentence encoder: expected False"),
     (table("config.json", add_cross_attention=True), "add_cross_attention=True is not supported"),
     (table("config.json", hidden_act="gelu_neu"), "config.json has a value of the wrong kind"),
     (table("config.json", num_attention_heads=5), "config.json"),
     (table("config.json", num_hidden_layers=3), r"keys 16 missing \(encoder.layer.2"),
     (table("config.json", num_hidden_layers=1), "16 not expected"),
     (table("config.json", hidden_size=48), "of another shape"),
-    (table("config.json", max_position_embeddings=2), "max_position_embeddings=2: expected a whole number of at least 3"),
+    (table("config.json", max_position_embeddings=2),
+     "max_position_embeddings=2: expected a whole number of at least 3"),
     (table("config.json", max_position_embeddings=50), "of another shape"),
     (weights(lambda t: t.pop(NORM)), rf"keys 1 missing \({NORM}\)"),
     (weights(lambda t: t.update(extra=torch.ones(1))), r"1 not expected \(extra\)"),
     (weights(lambda t: t.update({"bert.extra": torch.ones(1)})), r"1 not expected \(bert.extra\)"),
-    (weights(lambda t: t.update({NORM: torch.full((24,), torch.nan)})), f"{NORM} has NaN or infinite numbers"),
-    (weights(lambda t: t.update({NORM: torch.ones(24, dtype=torch.int8)})), "not of floating-point numbers"),
+    (weights(lambda t: t.update({NORM: torch.full((24,), torch.nan)})),
+     f"{NORM} has NaN or infinite numbers"),
+    (weights(lambda t: t.update({NORM: torch.ones(24, dtype=torch.int8)})),
+     "not of floating-point numbers"),
     (
-        lambda f: [table("config.json", vocab_size=50)(f), weights(lambda t: t.update({"embeddings.word_embeddings.weight": torch.ones(50, 24)}))(f)],
+        lambda f: [table("config.json", vocab_size=50)(f),
+                   weights(lambda t: t.update({"embeddings.word_embeddings.weight": torch.ones(50,
+                       24)}))(f)],
         "text transformer 50: use parts of one model",
     ),
 ]  # fmt: skip
@@ -272,7 +285,7 @@ def test_a_config_with_any_value_opens_or_is_refused(
         assert torch.isfinite(result.tokens).all()
 
 
-def test_a_config_that_asks_for_tuples_and_all_states_is_the_same_encoder(
+def test_a_config_with_tuples_and_all_states_is_the_same_encoder(
     folder: Path, opened: SentenceText, tmp_path: Path
 ) -> None:
     place = Path(shutil.copytree(folder, tmp_path / "encoder"))
@@ -283,15 +296,20 @@ def test_a_config_that_asks_for_tuples_and_all_states_is_the_same_encoder(
 
 
 def test_the_published_config_is_recognised(folder: Path, tmp_path: Path) -> None:
-    """all-MiniLM-L6-v2: five tensors before the layers, 16 in each of six; without weights all that
-    is said is that those are missing.
+    """all-MiniLM-L6-v2: five tensors before the layers, 16 in each of six.
+
+    Without weights the message names only the missing weights.
     """
     place = Path(shutil.copytree(folder, tmp_path / "encoder"))
     published = {
-        "_name_or_path": "nreimers/MiniLM-L6-H384-uncased", "architectures": ["BertModel"], "attention_probs_dropout_prob": 0.1,
-        "gradient_checkpointing": False, "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 384, "initializer_range": 0.02,
-        "intermediate_size": 1536, "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert", "num_attention_heads": 12,
-        "num_hidden_layers": 6, "pad_token_id": 0, "position_embedding_type": "absolute", "transformers_version": "4.8.2",
+        "_name_or_path": "nreimers/MiniLM-L6-H384-uncased", "architectures": ["BertModel"],
+        "attention_probs_dropout_prob": 0.1,
+        "gradient_checkpointing": False, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
+        "hidden_size": 384, "initializer_range": 0.02,
+        "intermediate_size": 1536, "layer_norm_eps": 1e-12, "max_position_embeddings": 512,
+        "model_type": "bert", "num_attention_heads": 12,
+        "num_hidden_layers": 6, "pad_token_id": 0, "position_embedding_type": "absolute",
+        "transformers_version": "4.8.2",
         "type_vocab_size": 2, "use_cache": True, "vocab_size": 30522,
     }  # fmt: skip
     (place / "config.json").write_text(json.dumps(published))
@@ -313,7 +331,8 @@ def autoencoder(kind: str) -> Any:
     blocks, widths = (1, 1), (16, 16)
     return AutoencoderTiny(
         TinyConfig(
-            encoder_block_out_channels=widths, decoder_block_out_channels=widths, num_encoder_blocks=blocks, num_decoder_blocks=blocks,
+            encoder_block_out_channels=widths, decoder_block_out_channels=widths,
+            num_encoder_blocks=blocks, num_decoder_blocks=blocks,
             use_midblock_gn=kind == "tiny_gn",
         )
     )  # fmt: skip
@@ -392,7 +411,8 @@ def test_an_encoder_of_another_width_is_refused(opened: SentenceText, tmp_path: 
     dit("kl", opened, width=32).save(tmp_path / "model")
     with pytest.raises(
         UserError,
-        match="transformer attends to tokens of width 32, the text encoders give 24; use parts of one model",
+        match="transformer attends to tokens of width 32, the text encoders give 24; "
+        "use parts of one model",
     ):
         sfumato.load(tmp_path / "model")
 
@@ -402,7 +422,8 @@ def test_a_unet_that_reads_by_one_is_no_pipeline_of_diffusers(opened: SentenceTe
     unet = UNet(
         UNetConfig(
             sample_size=8, cross_attention_dim=24, **SMALL_BLOCKS,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         )
     )  # fmt: skip
     assert pipeline_class(unet, opened) == "LatentDiffusion"

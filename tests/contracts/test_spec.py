@@ -41,7 +41,7 @@ fuzz = settings(max_examples=200, deadline=None, database=None)
 
 @fuzz
 @given(name=text, options=st.dictionaries(text, text, max_size=3))
-def test_what_is_formatted_is_parsed_again(name: str, options: dict[str, str]) -> None:
+def test_formatted_specs_are_parsed_again(name: str, options: dict[str, str]) -> None:
     """Every spec that can be made, whatever its name, keys and values, survives its line of
     text.
     """
@@ -77,7 +77,7 @@ def test_a_line_is_a_spec_or_a_sentence(line: str) -> None:
         ("", "", {}),
     ],
 )
-def test_lines_and_what_they_hold(line: str, name: str, options: dict[str, str]) -> None:
+def test_parsed_lines(line: str, name: str, options: dict[str, str]) -> None:
     assert Spec.parse(line) == Spec(name, options)
 
 
@@ -94,7 +94,7 @@ def test_lines_and_what_they_hold(line: str, name: str, options: dict[str, str])
         ("unipc:variant=bh 1", "unipc:variant='bh 1': expected a value without spaces and commas"),
     ],
 )
-def test_what_is_no_spec(line: str, words: str) -> None:
+def test_other_lines_are_refused(line: str, words: str) -> None:
     with pytest.raises(UserError) as error:
         Spec.parse(line)
     assert words in str(error.value)
@@ -112,7 +112,7 @@ def test_what_is_no_spec(line: str, words: str) -> None:
         ("a", {"b": "1,2"}, "a:b='1,2': expected a value without spaces and commas"),
     ],
 )
-def test_what_a_line_could_not_hold_is_refused_when_it_is_made(
+def test_values_without_a_line_are_refused_at_construction(
     name: str, options: dict[str, str], words: str
 ) -> None:
     with pytest.raises(UserError) as error:
@@ -179,7 +179,8 @@ def test_a_value_of_another_type_is_refused(key: str, values: list[Any], expecte
 def test_an_unknown_option_is_refused_with_those_that_there_are() -> None:
     with pytest.raises(
         UserError,
-        match=r"unknown option of sampler x 'amuont': did you mean 'amount'.*expected one of amount, count, end",
+        match=r"unknown option of sampler x 'amuont': did you mean 'amount'.*"
+        r"expected one of amount, count, end",
     ):
         typed_values("sampler x", {"amuont": "1"}, DEFAULTS)
 

@@ -1,5 +1,6 @@
-"""What folders of PixArt's, SD 3's, FLUX.1's and FLUX.2's text encoders, their settings and prompts
-must be: all else is refused in a sentence.
+"""Requirements of folders of PixArt's, SD 3's, FLUX.1's and FLUX.2's text encoders.
+
+So of their settings and prompts: all else is refused in a sentence.
 """
 
 import json
@@ -58,7 +59,7 @@ def both(*changes: Change) -> Change:
     return lambda folder: [change(folder) for change in changes]
 
 
-CONFIG, TOKENIZER, ACTUAL = (
+CONFIG, TOKENIZER, CONDITIONER = (
     "text_encoder/config.json",
     "tokenizer/tokenizer_config.json",
     "conditioner/config.json",
@@ -67,67 +68,106 @@ NORM, TOP = "encoder.final_layer_norm.weight", "language_model.model.norm.weight
 BAD: list[tuple[str, Change, str]] = [
     # T5, in PixArt's folder
     ("pixart_alpha", gone("text_encoder"), "text_encoder/config.json is missing"),
-    ("pixart_alpha", gone("tokenizer"), "tokenizer has no tokenizer: expected T5's tokenizer.json or spiece.model"),
-    ("pixart_alpha", text("tokenizer/spiece.model", "words"), "spiece.model is not a SentencePiece model: copy or download it again"),
-    ("pixart_alpha", table(TOKENIZER, tokenizer_class="CLIPTokenizer"), "is of class 'CLIPTokenizer': expected T5Tokenizer"),
+    ("pixart_alpha", gone("tokenizer"),
+     "tokenizer has no tokenizer: expected T5's tokenizer.json or spiece.model"),
+    ("pixart_alpha", text("tokenizer/spiece.model", "words"),
+     "spiece.model is not a SentencePiece model: copy or download it again"),
+    ("pixart_alpha", table(TOKENIZER, tokenizer_class="CLIPTokenizer"),
+     "is of class 'CLIPTokenizer': expected T5Tokenizer"),
     ("pixart_alpha", text(TOKENIZER, "[]"), "holds a list: expected a JSON object"),
-    ("pixart_alpha", text("tokenizer/tokenizer.json", "{"), "tokenizer has a value of the wrong kind"),
-    ("pixart_alpha", table(CONFIG, model_type="mt5"), "is of type 'mt5', .*: expected t5, T5EncoderModel"),
-    ("pixart_alpha", table(CONFIG, architectures=["UMT5EncoderModel"]), "expected t5, T5EncoderModel"),
-    ("pixart_alpha", table(CONFIG, attention_window=3), "attention_window=3 is not known to a T5 text encoder"),
-    ("pixart_alpha", table(CONFIG, feed_forward_proj="gated-tahn", dense_act_fn=...), "config.json has a value of the wrong kind"),
-    ("pixart_alpha", table(CONFIG, feed_forward_proj="relu"), "feed_forward_proj='relu' with dense_act_fn='gelu_new', is_gated_act=True"),
+    ("pixart_alpha", text("tokenizer/tokenizer.json", "{"),
+     "tokenizer has a value of the wrong kind"),
+    ("pixart_alpha", table(CONFIG, model_type="mt5"),
+     "is of type 'mt5', .*: expected t5, T5EncoderModel"),
+    ("pixart_alpha", table(CONFIG, architectures=["UMT5EncoderModel"]),
+     "expected t5, T5EncoderModel"),
+    ("pixart_alpha", table(CONFIG, attention_window=3),
+     "attention_window=3 is not known to a T5 text encoder"),
+    ("pixart_alpha", table(CONFIG, feed_forward_proj="gated-tahn", dense_act_fn=...),
+     "config.json has a value of the wrong kind"),
+    ("pixart_alpha", table(CONFIG, feed_forward_proj="relu"),
+     "feed_forward_proj='relu' with dense_act_fn='gelu_new', is_gated_act=True"),
     ("pixart_alpha", table(CONFIG, num_layers=3), r"keys \d+ missing"),
     ("pixart_alpha", table(CONFIG, num_layers=1), "not expected"),
     ("pixart_alpha", table(CONFIG, vocab_size=100), "of another shape"),
-    ("pixart_alpha", both(table(CONFIG, vocab_size=100), weights(lambda t: t.update({"shared.weight": torch.ones(100, 48)}))), "text encoder 100: use parts of one model"),
-    ("pixart_alpha", gone("text_encoder/model.safetensors"), "text_encoder has no weights model.safetensors"),
+    ("pixart_alpha",
+     both(table(CONFIG, vocab_size=100),
+          weights(lambda t: t.update({"shared.weight": torch.ones(100, 48)}))),
+          "text encoder 100: use parts of one model"),
+    ("pixart_alpha", gone("text_encoder/model.safetensors"),
+     "text_encoder has no weights model.safetensors"),
     ("pixart_alpha", renamed("model.fp16.safetensors"), "ask for variant 'fp16'"),
-    ("pixart_alpha", text("text_encoder/model.safetensors", "not tensors"), "is not a whole safetensors file"),
-    ("pixart_alpha", weights(lambda t: t.pop(NORM)), r"keys 1 missing \(encoder.final_layer_norm.weight\)"),
+    ("pixart_alpha", text("text_encoder/model.safetensors", "not tensors"),
+     "is not a whole safetensors file"),
+    ("pixart_alpha", weights(lambda t: t.pop(NORM)),
+     r"keys 1 missing \(encoder.final_layer_norm.weight\)"),
     ("pixart_alpha", weights(lambda t: t.pop("shared.weight")), "missing .*shared.weight"),
     ("pixart_alpha", weights(lambda t: t.update(extra=torch.ones(1))), r"1 not expected \(extra\)"),
-    ("pixart_alpha", weights(lambda t: t.update({NORM: torch.full((48,), torch.inf)})), "final_layer_norm.weight has NaN or infinite numbers"),
+    ("pixart_alpha", weights(lambda t: t.update({NORM: torch.full((48,), torch.inf)})),
+     "final_layer_norm.weight has NaN or infinite numbers"),
     ("pixart_alpha", pickled({"code": print}), "is refused: it is a pickle that wants to run code"),
-    ("pixart_alpha", table(ACTUAL, _class_name="clip_text"), "of class 'clip_text': expected t5_text, as the folder has its text encoders"),
-    ("pixart_alpha", table(ACTUAL, _class_name="t5_text", clean=True), "config field clean=True is not known to T5TextConfig"),
-    ("pixart_alpha", table(ACTUAL, _class_name="t5_text", max_sequence_length=1), "max_sequence_length=1: expected a whole number of at least 2"),
+    ("pixart_alpha", table(CONDITIONER, _class_name="clip_text"),
+     "of class 'clip_text': expected t5_text, as the folder has its text encoders"),
+    ("pixart_alpha", table(CONDITIONER, _class_name="t5_text", clean=True),
+     "config field clean=True is not known to T5TextConfig"),
+    ("pixart_alpha", table(CONDITIONER, _class_name="t5_text", max_sequence_length=1),
+     "max_sequence_length=1: expected a whole number of at least 2"),
     # SD 3
     ("sd3", gone("text_encoder_2"), "text_encoder_2/config.json is missing"),
     ("sd3", gone("text_encoder_3"), "text_encoder_3/config.json is missing"),
-    ("sd3", table(CONFIG, architectures=["CLIPTextModel"]), "expected clip_text_model, CLIPTextModelWithProjection"),
-    ("sd3", table("tokenizer/tokenizer_config.json", model_max_length=50), "text encoders read 50 and 77 tokens: use parts of one model"),
-    ("sd3", table(ACTUAL, _class_name="sd3_text", joint_attention_dim=64), "joint_attention_dim=64, T5 is 48 wide: use parts of one model"),
-    ("sd3_without_t5", gone("transformer"), "SD 3 without T5: expected the setting joint_attention_dim"),
-    ("sd3_without_t5", table("transformer/config.json", joint_attention_dim="wide"), "joint_attention_dim"),
-    ("sd3_without_t5", table("transformer/config.json", joint_attention_dim=30), "tokens 30 wide, the CLIPs 24 and 24: expected room for both"),
+    ("sd3", table(CONFIG, architectures=["CLIPTextModel"]),
+     "expected clip_text_model, CLIPTextModelWithProjection"),
+    ("sd3", table("tokenizer/tokenizer_config.json", model_max_length=50),
+     "text encoders read 50 and 77 tokens: use parts of one model"),
+    ("sd3", table(CONDITIONER, _class_name="sd3_text", joint_attention_dim=64),
+     "joint_attention_dim=64, T5 is 48 wide: use parts of one model"),
+    ("sd3_without_t5", gone("transformer"),
+     "SD 3 without T5: expected the setting joint_attention_dim"),
+    ("sd3_without_t5", table("transformer/config.json", joint_attention_dim="wide"),
+     "joint_attention_dim"),
+    ("sd3_without_t5", table("transformer/config.json", joint_attention_dim=30),
+     "tokens 30 wide, the CLIPs 24 and 24: expected room for both"),
     # FLUX.1
     ("flux", gone("text_encoder_2"), "text_encoder_2/config.json is missing"),
-    ("flux", table(CONFIG, architectures=["CLIPTextModelWithProjection"]), "expected clip_text_model, CLIPTextModel"),
+    ("flux", table(CONFIG, architectures=["CLIPTextModelWithProjection"]),
+     "expected clip_text_model, CLIPTextModel"),
     ("flux", gone("tokenizer_2"), "tokenizer_2 has no tokenizer: expected T5's"),
-    ("flux", table(ACTUAL, _class_name="flux_text", truncation="chunks"), "unknown truncation 'chunks': expected one of cut, refuse"),
+    ("flux", table(CONDITIONER, _class_name="flux_text", truncation="chunks"),
+     "unknown truncation 'chunks': expected one of cut, refuse"),
     # FLUX.2
     ("flux2_dev", gone("text_encoder"), "text_encoder/config.json is missing"),
-    ("flux2_dev", gone("tokenizer"), "tokenizer has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"),
+    ("flux2_dev", gone("tokenizer"),
+     "tokenizer has no tokenizer: expected tokenizer.json, or vocab.json and merges.txt"),
     ("flux2_dev", text("tokenizer/tokenizer.json", "{"), "tokenizer has a value of the wrong kind"),
-    ("flux2_dev", gone("tokenizer/chat_template.jinja"), "tokenizer has no chat template: expected one in tokenizer_config.json"),
-    ("flux2_dev", table(TOKENIZER, pad_token=...), r"special tokens \(pad\) \[None\]: expected the model's own"),
-    ("flux2_dev", table(CONFIG, model_type="llava"), "is of type 'llava', .*: expected one of Mistral3ForConditionalGeneration, Qwen3ForCausalLM"),
-    ("flux2_dev", table(CONFIG, architectures=["Mistral3Model"]), "expected one of Mistral3ForConditionalGeneration"),
+    ("flux2_dev", gone("tokenizer/chat_template.jinja"),
+     "tokenizer has no chat template: expected one in tokenizer_config.json"),
+    ("flux2_dev", table(TOKENIZER, pad_token=...),
+     r"special tokens \(pad\) \[None\]: expected the model's own"),
+    ("flux2_dev", table(CONFIG, model_type="llava"),
+     "is of type 'llava', .*: expected one of Mistral3ForConditionalGeneration, Qwen3ForCausalLM"),
+    ("flux2_dev", table(CONFIG, architectures=["Mistral3Model"]),
+     "expected one of Mistral3ForConditionalGeneration"),
     ("flux2_dev", inner(model_type="qwen3"), "text_config is not one of type mistral"),
     ("flux2_dev", table(CONFIG, text_config=3), "text_config is not one of type mistral"),
     ("flux2_dev", inner(llama_4_scaling={}), "llama_4_scaling={} is not known to Mistral"),
     ("flux2_dev", inner(vocab_size=200), "of another shape"),
     ("flux2_dev", inner(num_key_value_heads=3), "config.json"),
     ("flux2_dev", inner(num_hidden_layers=30), "not expected"),
-    ("flux2_dev", weights(lambda t: t.pop(TOP)), r"keys 1 missing \(model.language_model.norm.weight\)"),
-    ("flux2_dev", weights(lambda t: t.update({TOP: torch.full((12,), torch.nan)})), "norm.weight has NaN or infinite numbers"),
-    ("flux2_dev", table(ACTUAL, _class_name="flux2_text", layers=[10, 32]), r"layers=\[10, 32\]: the language model has 31"),
-    ("flux2_dev", table(ACTUAL, _class_name="flux2_text", system=""), "config field system='' is not known to Flux2TextConfig"),
-    ("flux2_klein", table(CONFIG, num_experts=3), "num_experts=3 is not known to this language model"),
-    ("flux2_klein", table(CONFIG, rms_norm_eps=0.0), r"rms_norm_eps=0.0: expected a number in \(0, 1\)"),
+    ("flux2_dev", weights(lambda t: t.pop(TOP)),
+     r"keys 1 missing \(model.language_model.norm.weight\)"),
+    ("flux2_dev", weights(lambda t: t.update({TOP: torch.full((12,), torch.nan)})),
+     "norm.weight has NaN or infinite numbers"),
+    ("flux2_dev", table(CONDITIONER, _class_name="flux2_text", layers=[10, 32]),
+     r"layers=\[10, 32\]: the language model has 31"),
+    ("flux2_dev", table(CONDITIONER, _class_name="flux2_text", system=""),
+     "config field system='' is not known to Flux2TextConfig"),
+    ("flux2_klein", table(CONFIG, num_experts=3),
+     "num_experts=3 is not known to this language model"),
+    ("flux2_klein", table(CONFIG, rms_norm_eps=0.0),
+     r"rms_norm_eps=0.0: expected a number in \(0, 1\)"),
     ("flux2_klein", weights(lambda t: t.pop("model.embed_tokens.weight")), "missing"),
-    ("flux2_klein", gone("text_encoder/model.safetensors"), "text_encoder has no weights model.safetensors"),
+    ("flux2_klein", gone("text_encoder/model.safetensors"),
+     "text_encoder has no weights model.safetensors"),
 ]  # fmt: skip
 
 
@@ -143,35 +183,57 @@ def test_a_folder_that_is_wrong_is_refused(
 
 
 PUBLISHED = {
-    "pixart_alpha": ("T5 1.1 XXL, whose encoder has 219 tensors, one of them under two names", 220, {
-        "_name_or_path": "google/t5-v1_1-xxl", "architectures": ["T5EncoderModel"], "classifier_dropout": 0.0, "d_ff": 10240, "d_kv": 64,
-        "d_model": 4096, "decoder_start_token_id": 0, "dense_act_fn": "gelu_new", "dropout_rate": 0.1, "eos_token_id": 1,
-        "feed_forward_proj": "gated-gelu", "initializer_factor": 1.0, "is_encoder_decoder": True, "is_gated_act": True,
-        "layer_norm_epsilon": 1e-06, "model_type": "t5", "num_decoder_layers": 24, "num_heads": 64, "num_layers": 24, "output_past": True,
-        "pad_token_id": 0, "relative_attention_max_distance": 128, "relative_attention_num_buckets": 32, "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16", "transformers_version": "4.43.0.dev0", "use_cache": True, "vocab_size": 32128,
+    "pixart_alpha": ("T5 1.1 XXL, whose encoder has 219 tensors, one of them under two names", 220,
+                     {
+        "_name_or_path": "google/t5-v1_1-xxl", "architectures": ["T5EncoderModel"],
+        "classifier_dropout": 0.0, "d_ff": 10240, "d_kv": 64,
+        "d_model": 4096, "decoder_start_token_id": 0, "dense_act_fn": "gelu_new",
+        "dropout_rate": 0.1, "eos_token_id": 1,
+        "feed_forward_proj": "gated-gelu", "initializer_factor": 1.0, "is_encoder_decoder": True,
+        "is_gated_act": True,
+        "layer_norm_epsilon": 1e-06, "model_type": "t5", "num_decoder_layers": 24, "num_heads": 64,
+        "num_layers": 24, "output_past": True,
+        "pad_token_id": 0, "relative_attention_max_distance": 128,
+        "relative_attention_num_buckets": 32, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.43.0.dev0", "use_cache": True,
+        "vocab_size": 32128,
     }),
     "flux2_klein": ("Qwen3 4B: 11 tensors in each of 36 layers, and three", 399, {
-        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
-        "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2560, "initializer_range": 0.02,
-        "intermediate_size": 9728, "max_position_embeddings": 40960, "max_window_layers": 36, "model_type": "qwen3",
-        "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None,
-        "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-        "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2560,
+        "initializer_range": 0.02,
+        "intermediate_size": 9728, "max_position_embeddings": 40960, "max_window_layers": 36,
+        "model_type": "qwen3",
+        "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06, "rope_scaling": None,
+        "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
+        "vocab_size": 151936,
     }),
-    "flux2_dev": ("Mistral Small 3 24B: 9 tensors in each of 40 layers and three; 9 in each of the eyes' 24 and two; four between", 585, {
-        "architectures": ["Mistral3ForConditionalGeneration"], "dtype": "bfloat16", "image_token_index": 10, "model_type": "mistral3",
-        "multimodal_projector_bias": False, "projector_hidden_act": "gelu", "spatial_merge_size": 2, "transformers_version": "4.57.1",
+    "flux2_dev": ("Mistral Small 3 24B: 9 tensors in each of 40 layers and three; "
+                  "9 in each of the eyes' 24 and two; four between", 585, {
+        "architectures": ["Mistral3ForConditionalGeneration"], "dtype": "bfloat16",
+        "image_token_index": 10, "model_type": "mistral3",
+        "multimodal_projector_bias": False, "projector_hidden_act": "gelu", "spatial_merge_size": 2,
+        "transformers_version": "4.57.1",
         "vision_feature_layer": -1,
         "text_config": {
-            "attention_dropout": 0.0, "dtype": "bfloat16", "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120,
-            "initializer_range": 0.02, "intermediate_size": 32768, "max_position_embeddings": 131072, "model_type": "mistral",
-            "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
-            "rope_theta": 1000000000.0, "sliding_window": None, "use_cache": True, "vocab_size": 131072,
+            "attention_dropout": 0.0, "dtype": "bfloat16", "head_dim": 128, "hidden_act": "silu",
+            "hidden_size": 5120,
+            "initializer_range": 0.02, "intermediate_size": 32768,
+            "max_position_embeddings": 131072, "model_type": "mistral",
+            "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 1000000000.0, "sliding_window": None, "use_cache": True,
+            "vocab_size": 131072,
         },
         "vision_config": {
-            "attention_dropout": 0.0, "dtype": "bfloat16", "head_dim": 64, "hidden_act": "silu", "hidden_size": 1024, "image_size": 1540,
-            "initializer_range": 0.02, "intermediate_size": 4096, "model_type": "pixtral", "num_attention_heads": 16, "num_channels": 3,
+            "attention_dropout": 0.0, "dtype": "bfloat16", "head_dim": 64, "hidden_act": "silu",
+            "hidden_size": 1024, "image_size": 1540,
+            "initializer_range": 0.02, "intermediate_size": 4096, "model_type": "pixtral",
+            "num_attention_heads": 16, "num_channels": 3,
             "num_hidden_layers": 24, "patch_size": 14, "rope_theta": 10000.0,
         },
     }),
@@ -182,8 +244,9 @@ PUBLISHED = {
 def test_configs_of_the_published_sizes_are_recognised(
     kind: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Of transformers 4's time. Without weights: all that is said is that those are missing, and
-    how many.
+    """Configs of transformers 4's time.
+
+    Without weights the message names only the missing weights, and their number.
     """
     _, count, values = PUBLISHED[kind]
     folder = Path(shutil.copytree(folders[kind], tmp_path / "model"))
@@ -191,7 +254,8 @@ def test_configs_of_the_published_sizes_are_recognised(
     save_file({}, folder / "text_encoder" / "model.safetensors")
     with pytest.raises(
         UserError,
-        match=rf"does not fit its config: keys {count} missing .*(?<!not expected); use the weights",
+        match=rf"does not fit its config: keys {count} missing .*(?<!not expected); "
+        r"use the weights",
     ):
         named(kind).from_folder(folder)
 
@@ -235,7 +299,7 @@ def test_a_config_with_any_value_opens_or_is_refused(
         assert torch.isfinite(result.tokens).all()
 
 
-def test_without_their_packages_a_sentence_says_what_to_install(
+def test_missing_packages_are_named_for_installation(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for package, kinds in (
@@ -256,7 +320,8 @@ def test_without_their_packages_a_sentence_says_what_to_install(
 def test_settings_are_those_the_models_were_trained_with(opened: dict[str, Any]) -> None:
     result = {kind: opened[kind].config for kind in KINDS}
     assert {kind: config.max_sequence_length for kind, config in result.items()} == {
-        "pixart_alpha": 120, "pixart_sigma": 300, "sd3": 256, "sd3_without_t5": 256, "flux": 512, "flux_schnell": 256, "flux2_dev": 512,
+        "pixart_alpha": 120, "pixart_sigma": 300, "sd3": 256, "sd3_without_t5": 256, "flux": 512,
+        "flux_schnell": 256, "flux2_dev": 512,
         "flux2_klein": 512,
     }  # fmt: skip
     assert {kind for kind, config in result.items() if config.mask_padding} == {
@@ -289,7 +354,7 @@ def test_settings_come_back_from_the_folder(
     replace(opened[kind], config=config).save(tmp_path)
     result = named(kind).from_folder(tmp_path)
     assert result.config == config and result.to_config() == json.loads(
-        (tmp_path / ACTUAL).read_text()
+        (tmp_path / CONDITIONER).read_text()
     )
     assert result.identity() != opened[kind].identity()
 
@@ -344,7 +409,7 @@ def test_a_setting_of_any_value_is_taken_or_refused(
     config: Any, field: str, value: Any, tmp_path: Path
 ) -> None:
     """By way of conditioner/config.json, as users write it."""
-    table(ACTUAL, _class_name="sfumato", **{field: value})(tmp_path)
+    table(CONDITIONER, _class_name="sfumato", **{field: value})(tmp_path)
     try:
         result = read_settings(config, "sfumato", tmp_path, {})
     except UserError as error:
@@ -364,7 +429,8 @@ def test_a_prompt_that_does_not_fit_is_refused_with_its_counts(
 ) -> None:
     with pytest.raises(
         UserError,
-        match=r"prompt 'a cat sat .* has \d+ tokens: expected at most \d+; shorten it, set truncation='cut'",
+        match=r"prompt 'a cat sat .* has \d+ tokens: expected at most \d+; "
+        r"shorten it, set truncation='cut'",
     ) as caught:
         opened[kind](["a cat", LONG])
     has, most = map(
@@ -372,7 +438,7 @@ def test_a_prompt_that_does_not_fit_is_refused_with_its_counts(
     )
     length = opened[kind].config.max_sequence_length
     assert has > most and "\n" not in str(caught.value)
-    # What is said is true: that many fit, with the marks around them, and one more does not.
+    # The message is right: that many fit, with the marks around them, and one more does not.
     room = replace(
         opened[kind], config=replace(opened[kind].config, max_sequence_length=length + has - most)
     )
@@ -399,7 +465,7 @@ def test_prompts_that_are_not_a_list_of_texts_are_refused(
         opened[kind](prompts)
 
 
-def test_second_prompts_that_nobody_reads_are_refused(opened: dict[str, Any]) -> None:
+def test_unused_second_prompts_are_refused(opened: dict[str, Any]) -> None:
     for kind in ("pixart_alpha", "flux2_dev"):
         with pytest.raises(
             UserError, match="1 prompts for a second text encoder: this model has one"
@@ -418,8 +484,9 @@ def test_second_prompts_that_nobody_reads_are_refused(opened: dict[str, Any]) ->
 def test_masked_padding_changes_nothing_and_other_padding_does(
     kind: str, opened: dict[str, Any]
 ) -> None:
-    """With the mask, words read alike among few and many positions; SD 3's and FLUX.1's T5, as
-    trained, sees the padding.
+    """With the mask, states of words do not depend on the number of positions.
+
+    SD 3's and FLUX.1's T5, as trained, attends to the padding.
     """
 
     def rows(mask_padding: bool, length: int) -> torch.Tensor:
@@ -654,13 +721,14 @@ def test_older_programs_find_the_base_of_positions(
     )
 
 
-def test_states_beyond_the_type_are_an_error_that_says_so(folders: dict[str, Path]) -> None:
+def test_states_beyond_the_dtype_are_an_error(folders: dict[str, Path]) -> None:
     result = named("pixart").from_folder(folders["pixart_alpha"], torch.float16)
     # finite; twice that is not
     result.encoder.model.encoder.final_layer_norm.weight.data.fill_(60000)
     with pytest.raises(
         NumericalError,
-        match=r"T5EncoderModel in float16 gives NaN or infinite states for prompt 'a cat': load it in bfloat16",
+        match=r"T5EncoderModel in float16 gives NaN or infinite states for prompt 'a cat': "
+        r"load it in bfloat16",
     ):
         result(["a cat"])
     wide = named("pixart").from_folder(folders["pixart_alpha"])
@@ -682,13 +750,14 @@ def test_weights_that_are_not_finite_are_not_written(
     result.save(tmp_path / "whole")
     with pytest.raises(
         NumericalError,
-        match=r"norm.weight of text_encoder is NaN or infinite in torch.float16: nothing was written",
+        match=r"norm.weight of text_encoder is NaN or infinite in torch.float16: "
+        r"nothing was written",
     ):
         result.save(tmp_path / "half", torch.float16)
     assert not list((tmp_path / "half").rglob("*.safetensors"))
 
 
-def test_identity_tells_models_apart(
+def test_identities_of_models_differ(
     folders: dict[str, Path], opened: dict[str, Any], tmp_path: Path
 ) -> None:
     assert len({json.dumps(c.identity(), sort_keys=True) for c in opened.values()}) == len(opened)

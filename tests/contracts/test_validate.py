@@ -61,7 +61,7 @@ SENTENCES: list[tuple[Callable[[], Any], str]] = [
 
 
 @pytest.mark.parametrize(("check", "sentence"), SENTENCES, ids=[s for _, s in SENTENCES])
-def test_what_is_refused_and_how(check: Callable[[], Any], sentence: str) -> None:
+def test_refused_values_and_their_messages(check: Callable[[], Any], sentence: str) -> None:
     with pytest.raises(UserError) as error:
         check()
     assert str(error.value) == sentence
@@ -83,5 +83,5 @@ def test_what_is_refused_and_how(check: Callable[[], Any], sentence: str) -> Non
         (lambda v: one_of("solver", v, ("heun",)), "heun"),
     ],
 )
-def test_what_is_accepted_comes_back(check: Callable[[Any], Any], value: Any) -> None:
+def test_accepted_values_are_returned(check: Callable[[Any], Any], value: Any) -> None:
     assert check(value) is value

@@ -34,12 +34,12 @@ def test_one_wrong_number_is_detected(
         },
     )
     tensors = read_tensors(file)
-    message = []
+    messages = []
     for look in (lambda: looked_at([file], tensors, dtype), lambda: require_finite(tensors, file)):
         with pytest.raises(UserError, match=r"b\.weight has NaN or infinite numbers") as error:
             look()
-        message.append(str(error.value))
-    assert message[0] == message[1]
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -58,8 +58,8 @@ def test_sound_files_pass(dtype: torch.dtype, tmp_path: Path) -> None:
     assert looked_at([file], read_tensors(file), dtype)
 
 
-def test_what_will_be_converted_is_looked_at_later(tmp_path: Path) -> None:
-    """70000 is no number of float16: the file is sound, what is made of it is not."""
+def test_converted_files_are_checked_after_the_conversion(tmp_path: Path) -> None:
+    """70000 overflows float16: the file is sound, its conversion is not."""
     file = tmp_path / "model.safetensors"
     write_tensors(file, {"a": torch.full((3,), 70000.0)})
     assert not looked_at([file], read_tensors(file), torch.float16)

@@ -59,7 +59,7 @@ def test_the_folder_is_the_registry() -> None:
 
 
 @every
-def test_a_wrapper_is_a_function_from_ask_to_ask_that_says_whose_it_is(name: str) -> None:
+def test_a_wrapper_is_a_function_of_denoisers_that_cites_its_source(name: str) -> None:
     inside = inspect.unwrap(WRAPPERS[name])
     assert inspect.isfunction(inside) and inside.__name__ == name and inside.__doc__
     assert next(iter(inspect.signature(inside).parameters)) == "denoise"
@@ -80,22 +80,22 @@ def test_a_wrapper_is_a_function_from_ask_to_ask_that_says_whose_it_is(name: str
 @every
 @pytest.mark.parametrize("sampler", ["ddim", "heun", "ddpm"])
 @torch.inference_mode()
-def test_off_it_changes_no_bit_and_asks_the_same(name: str, sampler: str) -> None:
+def test_off_it_changes_no_bit_and_no_call(name: str, sampler: str) -> None:
     x, prompts = torch.zeros(2, *SHAPE), ["bag", "ankle boot"]
     seen: list[tuple[list[int], list[Step], Tensor]] = []
     for ask in (guided(prompts), off(name, guided(prompts), x)):
-        options: list[int] = []
+        batches: list[int] = []
         steps: list[Step] = []
         result = drive(
             begin(sampler, ask, [3, 4], steps),
-            lambda queries, options=options: (
-                options.append(len(queries)),
+            lambda queries, batches=batches: (
+                batches.append(len(queries)),
                 evaluate_calls(queries),
             )[1],
         )
-        seen.append((options, steps, result))
-    (options, steps, result), (options_too, steps_too, result_too) = seen
-    assert options == options_too and torch.equal(result, result_too)
+        seen.append((batches, steps, result))
+    (batches, steps, result), (batches_too, steps_too, result_too) = seen
+    assert batches == batches_too and torch.equal(result, result_too)
     for step, other in zip(steps, steps_too, strict=True):
         assert torch.equal(step.prediction.x0, other.prediction.x0) and torch.equal(
             step.prediction.eps, other.prediction.eps
@@ -119,21 +119,21 @@ def test_runs_put_together_are_the_runs_alone(name: str) -> None:
 
 @every
 def test_tensors_that_come_in_are_not_written_to(name: str) -> None:
-    x, inputs = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0)), []
+    x, copies = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0)), []
 
     def remembered(queries: list[DenoiserCall]) -> list[Prediction]:
         result = evaluate_calls(queries)
-        inputs.extend((p, p.x0.clone(), p.eps.clone()) for p in result)
+        copies.extend((p, p.x0.clone(), p.eps.clone()) for p in result)
         return result
 
     before = x.clone()
     drive(off(name, guided(["bag"]), x)(x, 0.7), remembered)
     assert torch.equal(x, before)
-    assert all(torch.equal(p.x0, x0) and torch.equal(p.eps, eps) for p, x0, eps in inputs)
+    assert all(torch.equal(p.x0, x0) and torch.equal(p.eps, eps) for p, x0, eps in copies)
 
 
 @every
-def test_what_is_inside_is_closed_and_its_errors_come_out(name: str) -> None:
+def test_inner_denoisers_are_closed_and_their_errors_propagate(name: str) -> None:
     closed: list[bool] = []
     x = torch.zeros(1, *SHAPE)
 

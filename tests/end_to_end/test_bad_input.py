@@ -1,9 +1,8 @@
-"""Everything that can be wrong with what a user gives: one clear sentence each, exit code 2 on the
-command line, and nothing lost.
+"""Bad input of every kind: one clear sentence each, exit code 2 on the command line.
 
-The command line runs as a process of its own, in production conditions (without the shape checks of
-the test run). So that each case does not import torch anew, a warm interpreter forks one child a
-case; the child is `python -m sfumato` from there on.
+Nothing is lost. The command line runs as a process of its own, in production conditions (without
+the shape checks of the test run). So that each case does not import torch anew, a warm interpreter
+forks one child a case; the child is `python -m sfumato` from there on.
 """
 
 import json
@@ -47,7 +46,10 @@ for line in sys.stdin:
             status = 0
             try:
                 sys.argv = ["sfumato", *arguments]
-                exec(code) if code else runpy.run_module("sfumato", run_name="__main__", alter_sys=True)
+                if code:
+                    exec(code)
+                else:
+                    runpy.run_module("sfumato", run_name="__main__", alter_sys=True)
             except SystemExit as stop:
                 status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
             except BaseException:
@@ -90,7 +92,7 @@ def child() -> Iterator[Child]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sound model folder that nobody changes."""
+    """A sound model folder, for reading only."""
     folder = tmp_path_factory.mktemp("models") / "sound"
     tiny_model().save(folder)
     return folder
@@ -300,7 +302,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         content(
             SCHEDULER,
             lambda b: (
-                b'{"_class_name": "DDIMScheduler", "clip_sample": false, "num_train_timesteps": "many"}'
+                b'{"_class_name": "DDIMScheduler", "clip_sample": false, "num_train_timesteps": '
+                b'"many"}'
             ),
         ),
         "num_train_timesteps='many'",
@@ -309,7 +312,8 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         content(
             SCHEDULER,
             lambda b: (
-                b'{"_class_name": "DDIMScheduler", "clip_sample": false, "beta_start": 2.0, "beta_end": 3.0}'
+                b'{"_class_name": "DDIMScheduler", "clip_sample": false, "beta_start": '
+                b'2.0, "beta_end": 3.0}'
             ),
         ),
         "beta_start=2.0, beta_end=3.0: expected numbers between 0 and 1",
@@ -462,7 +466,7 @@ def test_pickles_are_never_opened(folder: Path, tmp_path: Path, name: str) -> No
     assert marker.exists(), "the trap works"
 
 
-def test_a_pickle_of_tensors_that_wants_more_is_refused_too(folder: Path, tmp_path: Path) -> None:
+def test_a_pickle_of_tensors_with_code_is_refused_too(folder: Path, tmp_path: Path) -> None:
     """As torch writes them, in its zip format: with tensors alone it opens, with one trap among
     them nothing of it is used.
     """
@@ -535,7 +539,7 @@ def test_shards(folder: Path) -> None:
 
 
 def test_an_index_cannot_name_code(folder: Path) -> None:
-    """What the index says about classes and modules is for other programs."""
+    """Classes and modules in the index are for other programs."""
     change(
         INDEX,
         lambda v: v.update(
@@ -666,7 +670,8 @@ WRONG_KINDS = {
     "model.compress(torch.zeros(1, 1, 16, 16, dtype=torch.uint8))": "torch.uint8",
     "model.decode(torch.zeros(8, 8))": "shape (8, 8)",
     "sfumato.load('nope', device='toaster')": "'nope'",
-    "DataSettings(source='.', on_error='skp').open()": "unknown on_error 'skp': did you mean 'skip'",
+    "DataSettings(source='.', on_error='skp').open()": "unknown on_error 'skp': "
+    "did you mean 'skip'",
 }
 
 
@@ -776,7 +781,9 @@ RECIPE = """
 from sfumato.compress.kl import KLConfig
 from sfumato.train.recipe import AutoencoderRecipe, DataSettings
 
-network = KLConfig(block_out_channels=(8, 16), layers_per_block=1, latent_channels=2, norm_num_groups=4)
+network = KLConfig(
+    block_out_channels=(8, 16), layers_per_block=1, latent_channels=2, norm_num_groups=4
+)
 autoencoder = AutoencoderRecipe(data=DataSettings(source="pictures"), network=network)
 """
 
@@ -948,7 +955,7 @@ def idx(folder: Path, images: int, labels: int | None = None) -> None:
 
 
 def bomb(path: Path) -> None:
-    """A PNG of a few bytes that says it has 40,000 x 40,000 pixels."""
+    """A PNG of a few bytes whose header has 40,000 x 40,000 pixels."""
     data = png(path).read_bytes()
     header = b"IHDR" + (40000).to_bytes(4, "big") * 2 + data[24:29]
     path.write_bytes(data[:12] + header + zlib.crc32(header).to_bytes(4, "big") + data[33:])
@@ -994,14 +1001,17 @@ def test_a_broken_parquet_file(tmp_path: Path, child: Child) -> None:
     assert not (tmp_path / "run").exists()
 
 
-# ---- what importing costs ------------------------------------------------------------------------
+# ---- cost of imports -----------------------------------------------------------------------------
 
 
 def test_importing_the_library_imports_nothing_heavy() -> None:
     heavy = (
         "('torch', 'numpy', 'PIL', 'jaxtyping', 'safetensors', 'huggingface_hub', 'tyro', 'rich')"
     )
-    program = f"import sys, sfumato; assert 'load' in dir(sfumato); print(sorted({{m.split('.')[0] for m in sys.modules}} & set({heavy})))"
+    program = (
+        "import sys, sfumato; assert 'load' in dir(sfumato); "
+        f"print(sorted({{m.split('.')[0] for m in sys.modules}} & set({heavy})))"
+    )
     assert run_python("-c", program).stdout.strip() == "[]"
 
 
@@ -1029,12 +1039,16 @@ def test_the_command_line_without_a_warm_start(saved: Path, tmp_path: Path) -> N
 def test_making_pictures_imports_no_more_than_it_needs(
     saved: Path, child: Child, tmp_path: Path
 ) -> None:
-    """Neither the hub, nor what training and measuring need, nor torch's compiler."""
+    """Neither the hub, nor the rooms of training and evaluation, nor torch's compiler."""
     code = f"""
 import sfumato
 sfumato.load({str(saved)!r}).generate("bag")
-print(json.dumps([m for m in ("torch._dynamo", "torch._inductor", "sympy", "huggingface_hub", "datasets", "transformers", "accelerate",
-    "torchmetrics", "matplotlib", "scipy", "pandas", "sfumato.train", "sfumato.evaluate", "sfumato.data", "beartype") if m in sys.modules]))
+heavy = (
+    "torch._dynamo", "torch._inductor", "sympy", "huggingface_hub", "datasets", "transformers",
+    "accelerate", "torchmetrics", "matplotlib", "scipy", "pandas", "sfumato.train",
+    "sfumato.evaluate", "sfumato.data", "beartype",
+)
+print(json.dumps([m for m in heavy if m in sys.modules]))
 """
     status, out, err = child(code=code, folder=tmp_path)
     assert status == 0, err

@@ -65,12 +65,12 @@ class StubModel:
             "width": 8,
         }
         always = ("prompt", "n", "seed", "negative_prompt")
-        options = {
+        changed = {
             f.name: value
             for f in fields(Request)
             if (value := getattr(request, f.name)) != f.default or f.name in always
         }
-        return StubPlan(settings | options)
+        return StubPlan(settings | changed)
 
     def describe(self) -> dict[str, Any]:
         return {"image": {"channels": 1, "height": 8, "width": 8}}
@@ -79,11 +79,11 @@ class StubModel:
         return self
 
     def run(self, plan: StubPlan, *, on_step: Callable[[object], bool | None]) -> list[Image.Image]:
-        options = dict(plan)
-        self.requests.append(options)
-        prompt, n, seed = (options[name] for name in ("prompt", "n", "seed"))
+        request = dict(plan)
+        self.requests.append(request)
+        prompt, n, seed = (request[name] for name in ("prompt", "n", "seed"))
         rest = {
-            name: value for name, value in options.items() if name not in ("prompt", "n", "seed")
+            name: value for name, value in request.items() if name not in ("prompt", "n", "seed")
         }
         if prompt == "interrupt":
             raise KeyboardInterrupt
@@ -154,9 +154,12 @@ def test_generate_writes_a_grid_named_after_the_prompt(
 
 
 def test_every_flag_reaches_the_model_and_the_png(stub: dict[str, StubModel]) -> None:
-    flags = "--model other --n 2 --steps 5 --sampler heun --spacing karras:rho=5 --guidance 1.5 --negative-prompt sole --height 4 --width 6 --seed 9 --out a/b.png"
+    flags = (
+        "--model other --n 2 --steps 5 --sampler heun --spacing karras:rho=5 --guidance 1.5 "
+        "--negative-prompt sole --height 4 --width 6 --seed 9 --out a/b.png"
+    )
     assert run("generate", "boot", *flags.split()) == 0
-    options = {
+    request = {
         "prompt": "boot",
         "negative_prompt": "sole",
         "n": 2,
@@ -168,9 +171,9 @@ def test_every_flag_reaches_the_model_and_the_png(stub: dict[str, StubModel]) ->
         "height": 4,
         "width": 6,
     }
-    assert stub["other"].requests == [options]
+    assert stub["other"].requests == [request]
     recorded = read_parameters("a/b.png")
-    assert options.items() <= recorded.items()
+    assert request.items() <= recorded.items()
     assert {
         "index": None,
         "grid": True,
@@ -397,7 +400,7 @@ def test_arguments_that_do_not_parse_exit_with_2(
     assert err and "Traceback" not in err and out == ""
 
 
-def test_the_traceback_is_there_for_those_who_ask(
+def test_the_traceback_is_printed_on_request(
     stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SFUMATO_DEBUG", "1")
@@ -425,8 +428,9 @@ class Settings(AutoencoderRecipe):
 
     def run(self, out, resume=True):
         out.mkdir(parents=True)
-        given = asdict(self)
-        (out / "ran.json").write_text(json.dumps([{name: given[name] for name in ("steps", "rate", "network")}, resume]))
+        values = asdict(self)
+        settings = {name: values[name] for name in ("steps", "rate", "network")}
+        (out / "ran.json").write_text(json.dumps([settings, resume]))
         return out
 
 autoencoder = Settings(steps=20, network=Network(width=8))
@@ -490,7 +494,7 @@ def test_train_lists_the_recipes_settings(
         ("train", "STAGE"),
     ],
 )
-def test_train_explains_what_is_wrong(
+def test_train_explains_errors(
     working_folder: Path, capsys: pytest.CaptureFixture[str], arguments: str, words: str
 ) -> None:
     Path("toy.py").write_text(RECIPE)
@@ -500,7 +504,7 @@ def test_train_explains_what_is_wrong(
     assert not Path("runs").exists()
 
 
-# ---- evaluate (what is measured: test_cli_model.py) ----------------------------------------------
+# ---- evaluate (its values: test_cli_model.py) ----------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -514,7 +518,7 @@ def test_train_explains_what_is_wrong(
         ("--data d --features bogus", "'bogus'"),
     ],
 )
-def test_evaluate_explains_what_is_wrong(
+def test_evaluate_explains_errors(
     stub: dict[str, Any], capsys: pytest.CaptureFixture[str], arguments: str, words: str
 ) -> None:
     Path("file").touch()
@@ -526,7 +530,7 @@ def test_evaluate_explains_what_is_wrong(
 # ---- info ----------------------------------------------------------------------------------------
 
 
-def test_info_tells_what_the_model_says(
+def test_info_prints_the_description_of_the_model(
     stub: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("folder/vae").mkdir(parents=True)
@@ -641,12 +645,14 @@ def test_help_answers_without_torch(arguments: str) -> None:
 import contextlib, io, json, sys, time
 start = time.process_time()
 from sfumato.cli import main
-with contextlib.redirect_stdout(io.StringIO()) as said:
+with contextlib.redirect_stdout(io.StringIO()) as help_text:
     try:
         code = main({arguments.split()!r})
     except SystemExit as stop:
         code = stop.code
-print(json.dumps([code, time.process_time() - start, len(said.getvalue()), [m for m in ("torch", "numpy", "PIL") if m in sys.modules]]))
+seconds = time.process_time() - start
+heavy = [m for m in ("torch", "numpy", "PIL") if m in sys.modules]
+print(json.dumps([code, seconds, len(help_text.getvalue()), heavy]))
 """
     answers = [json.loads(run_python("-c", program).stdout) for _ in range(3)]
     for code, _, length, heavy in answers:
@@ -657,7 +663,10 @@ print(json.dumps([code, time.process_time() - start, len(said.getvalue()), [m fo
 
 def test_importing_sfumato_costs_nothing() -> None:
     watched = ("torch", "numpy", "PIL", "tyro", "rich", "sfumato")
-    program = f"import sys, sfumato; print(sorted(m for m in sys.modules if m.split('.')[0] in {watched}))"
+    program = (
+        "import sys, sfumato; print(sorted(m for m in sys.modules if m.split('.')[0] in "
+        f"{watched}))"
+    )
     assert run_python("-c", program).stdout.strip() == "['sfumato']"
 
 

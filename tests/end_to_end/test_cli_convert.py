@@ -113,8 +113,9 @@ def test_dtypes(name: str, dtype: torch.dtype, flux: dict[str, Tensor]) -> None:
 
 
 def test_eight_bits(flux: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
-    """Matrices in eight bits, vectors in bfloat16; with scales they are nearer, and read back by us
-    as the very same numbers.
+    """Matrices in eight bits, vectors in bfloat16; with scales they are nearer.
+
+    sfumato reads back the very same numbers.
     """
     assert (
         run("flux", "plain.safetensors", "--dtype", "fp8") == 0
@@ -317,7 +318,9 @@ def test_autoencoder_alone(
     )
 
 
-def test_what_cannot_be(flux: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_conversions_are_refused(
+    flux: dict[str, Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("flux", "a.safetensors") == 0
     before = Path("a.safetensors").read_bytes()
     assert "a.safetensors exists" in refused(capsys, "flux", "a.safetensors")
@@ -378,8 +381,9 @@ def unet_folder() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's accounts of memory")
 def test_little_memory(working_folder: Path) -> None:
-    """180 MB of weights, both ways and in eight bits, and a U-Net: what is held is a few tensors,
-    20 MB the largest.
+    """180 MB of weights, both ways and in eight bits, and a U-Net.
+
+    A few tensors are in memory at once, 20 MB the largest.
     """
     fields = FLUX | {
         "num_attention_heads": 10,
@@ -395,7 +399,8 @@ def test_little_memory(working_folder: Path) -> None:
 import sys, threading
 from pathlib import Path
 def held():
-    return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("RssAnon")).split()[1])
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(l for l in lines if l.startswith("RssAnon")).split()[1])
 import torch
 import sfumato.checkpoints.convert, sfumato.loading, sfumato.saving
 from sfumato.cli import main

@@ -72,28 +72,26 @@ def test_one_picture_of_several_is_made_again_bit_for_bit(tiny: Path) -> None:
 def test_dtype_and_device_are_options_and_stored(
     tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The library's pictures in that dtype, again by --from, and in another dtype when that is
-    asked for.
-    """
-    options = ["generate", "bag", "--model", str(tiny), "--n", "1", "--steps", "6"]
-    assert main([*options, "--dtype", "bf16", "--device", "cpu", "--out", "half.png"]) == 0
+    """The images of the library in that dtype, again by --from, and in another dtype."""
+    arguments = ["generate", "bag", "--model", str(tiny), "--n", "1", "--steps", "6"]
+    assert main([*arguments, "--dtype", "bf16", "--device", "cpu", "--out", "half.png"]) == 0
     (expected,) = load(tiny, dtype=torch.bfloat16).optimized().generate("bag", n=1, steps=6)
     assert np.array_equal(pixels("half.png"), np.asarray(expected))
     assert main(["generate", "--from", "half.png"]) == 0
     assert (pixels("half-again.png") == pixels("half.png")).all()
-    settings = read_parameters("half-again.png")
-    assert (settings["dtype"], settings["device"], settings["model_hash"]) == (
+    recorded = read_parameters("half-again.png")
+    assert (recorded["dtype"], recorded["device"], recorded["model_hash"]) == (
         "bf16",
         "cpu",
         load(tiny, dtype=torch.bfloat16).hash,
     )
     assert main(["generate", "--from", "half.png", "--dtype", "fp32", "--out", "whole.png"]) == 0
-    assert main([*options, "--out", "plain.png"]) == 0
+    assert main([*arguments, "--out", "plain.png"]) == 0
     assert (pixels("whole.png") == pixels("plain.png")).all() and "dtype" not in read_parameters(
         "plain.png"
     )
     capsys.readouterr()
-    assert main([*options, "--device", "nowhere"]) == 2
+    assert main([*arguments, "--device", "nowhere"]) == 2
     assert "device 'nowhere' cannot be used" in capsys.readouterr().err
 
 
@@ -121,7 +119,10 @@ def test_the_pictures_are_those_of_the_library(tiny: Path) -> None:
 
 
 def test_a_picture_remembers_its_tuned_times_and_its_guidance(tiny: Path, tmp_path: Path) -> None:
-    """Whatever the model is tuned to later; and other steps, asked for, are other steps."""
+    """They do not change when the model is tuned again.
+
+    An explicit number of steps replaces them.
+    """
     copy = tmp_path / "copy"
     load(tiny).save(copy)
     store_tuned(copy, [Tuned("ddim", 1.0, (1.0, 0.4, 0.0), {})])
@@ -199,9 +200,10 @@ def test_another_models_picture_is_refused(
 def test_wrong_requests_are_explained(
     tiny: Path, capsys: pytest.CaptureFixture[str], flags: str, words: str
 ) -> None:
-    inputs = flags.split()
+    arguments = flags.split()
     assert (
-        main(["generate", *inputs, *([] if "--model" in inputs else ["--model", str(tiny)])]) == 2
+        main(["generate", *arguments, *([] if "--model" in arguments else ["--model", str(tiny)])])
+        == 2
     )
     err = capsys.readouterr().err
     assert words in err and len(err.splitlines()) == 1
@@ -363,7 +365,7 @@ def test_evaluate_a_real_model(tiny: Path, data: Path, capsys: pytest.CaptureFix
     assert "<html" in Path("report/report.html").read_text()
 
 
-def test_evaluate_holds_out_what_the_recipe_held_out(
+def test_evaluate_holds_out_the_images_of_the_recipe(
     tiny: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Data without a test split: the floor is of the pictures that no training saw, and the
@@ -412,7 +414,7 @@ def test_evaluate_holds_out_what_the_recipe_held_out(
 
 
 def test_evaluate_opens_no_more_pictures_than_its_limit(tiny: Path, data: Path) -> None:
-    """The last ones are broken, and only who asks for them hears of it."""
+    """The last images are broken: only a run that opens them fails."""
     for split in ("train", "test"):
         (data / split / "boot" / "7.png").write_bytes(b"broken")
     model = load(tiny)
@@ -425,7 +427,7 @@ def test_evaluate_opens_no_more_pictures_than_its_limit(tiny: Path, data: Path) 
         _images(model, Evaluate(str(tiny), str(data)))
 
 
-def test_evaluate_knows_a_model_that_learnt_by_heart(
+def test_evaluate_detects_memorisation(
     tiny: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that answers seed k with training image k: no distance, everything covered, all of it

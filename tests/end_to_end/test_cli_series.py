@@ -1,5 +1,6 @@
-"""Variations, series and the hand-over to a second model on the command line: the library's tasks,
-remembered by their PNGs, or one sentence.
+"""Variations, series and the hand-over to a second model on the command line.
+
+They are the library's tasks, recorded in their PNGs, or one sentence.
 """
 
 from dataclasses import replace
@@ -38,10 +39,10 @@ def run(*words: str, model: Path) -> int:
 
 
 def test_variations_of_a_seed_and_the_same_again(tiny: Path) -> None:
-    options = ("generate", "boot", "--seed", "7", "--n", "3", "--no-grid")
+    arguments = ("generate", "boot", "--seed", "7", "--n", "3", "--no-grid")
     assert (
         run(
-            *options,
+            *arguments,
             "--variation-strength",
             "0.3",
             "--variation-seed",
@@ -52,10 +53,10 @@ def test_variations_of_a_seed_and_the_same_again(tiny: Path) -> None:
         )
         == 0
     )
-    assert run(*options, "--variation-strength", "0", "--out", "zero.png", model=tiny) == 0
+    assert run(*arguments, "--variation-strength", "0", "--out", "zero.png", model=tiny) == 0
     assert (
         run(
-            *options,
+            *arguments,
             "--variation-strength",
             "1",
             "--variation-seed",
@@ -191,7 +192,7 @@ def test_a_series_between_pictures(tiny: Path) -> None:
         0.3,
         "noise",
     )
-    options = [
+    arguments = [
         "--pictures",
         "a.png",
         "b.png",
@@ -205,7 +206,7 @@ def test_a_series_between_pictures(tiny: Path) -> None:
         "--out",
         "i.png",
     ]
-    assert run("interpolate", "boot", *options, model=tiny) == 0
+    assert run("interpolate", "boot", *arguments, model=tiny) == 0
     expected = model.run(
         interpolate_images(
             model, Image.open("a.png"), Image.open("b.png"), replace(words, n=3), way="inversion"
@@ -223,9 +224,10 @@ def test_a_second_model_finishes(tiny: Path, tmp_path: Path) -> None:
     for parameter in other.denoiser.network.parameters():
         parameter.data.mul_(1.1)
     other.save(tmp_path / "second")
-    options = ("generate", "boot", "--n", "2", "--steps", "10", "--seed", "3")
+    arguments = ("generate", "boot", "--n", "2", "--steps", "10", "--seed", "3")
     assert (
-        run(*options, "--refiner", "second", "--handover", "0.6", "--out", "r.png", model=tiny) == 0
+        run(*arguments, "--refiner", "second", "--handover", "0.6", "--out", "r.png", model=tiny)
+        == 0
     )
     model = load(tiny).optimized()
     request = refine(
@@ -241,8 +243,8 @@ def test_a_second_model_finishes(tiny: Path, tmp_path: Path) -> None:
     assert main(["generate", "--from", "r.png", "--out", "again.png"]) == 0
     assert np.array_equal(pixels("again.png"), pixels("r.png"))
     assert (
-        run(*options, "--refiner", str(tiny), "--out", "self.png", model=tiny) == 0
-        and run(*options, "--out", "plain.png", model=tiny) == 0
+        run(*arguments, "--refiner", str(tiny), "--out", "self.png", model=tiny) == 0
+        and run(*arguments, "--out", "plain.png", model=tiny) == 0
     )
     assert np.array_equal(pixels("self.png"), pixels("plain.png")), (
         "a model finishes its own pictures as it would anyway"
@@ -254,7 +256,7 @@ def test_a_second_model_finishes(tiny: Path, tmp_path: Path) -> None:
     )
 
 
-# ---- what cannot be ------------------------------------------------------------------------------
+# ---- refused arguments ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -344,7 +346,7 @@ def test_a_second_model_finishes(tiny: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_sentence(
+def test_bad_arguments_are_refused_in_one_sentence(
     words: list[str], message: str, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(*(str(tiny) if word == "SELF" else word for word in words), model=tiny) == 2

@@ -1,5 +1,6 @@
-"""`sfumato edit`, `inpaint` and `outpaint` on a real model with random weights: what must stay
-stays to the last bit of its pixels.
+"""`sfumato edit`, `inpaint` and `outpaint` on a real model with random weights.
+
+Pixels outside the mask stay, bit for bit.
 """
 
 from pathlib import Path
@@ -111,11 +112,11 @@ def test_pictures_of_tasks_are_not_made_again_by_generate(
     assert "was made by `sfumato edit` from 'photo.png'" in capsys.readouterr().err
 
 
-def test_tasks_remember_what_they_were_computed_in(tiny: Path) -> None:
-    options = ["edit", "photo.png", "boot", "--model", str(tiny), "--seed", "2"]
+def test_tasks_record_their_dtype(tiny: Path) -> None:
+    arguments = ["edit", "photo.png", "boot", "--model", str(tiny), "--seed", "2"]
     assert (
-        main([*options, "--dtype", "bf16", "--out", "half.png"]) == 0
-        and main([*options, "--out", "whole.png"]) == 0
+        main([*arguments, "--dtype", "bf16", "--out", "half.png"]) == 0
+        and main([*arguments, "--out", "whole.png"]) == 0
     )
     half, whole = read_parameters("half.png"), read_parameters("whole.png")
     assert (
@@ -193,7 +194,7 @@ def test_outpainting_keeps_the_picture(tiny: Path) -> None:
     )
 
 
-def test_the_mask_of_what_grows() -> None:
+def test_the_mask_of_a_grown_image() -> None:
     mask = outpaint_mask(
         torch.zeros(1, 1, 4, 5), {"left": 2, "right": 0, "top": 0, "bottom": 1, "overlap": 2}
     )[0, 0]
@@ -229,7 +230,7 @@ def test_the_mask_of_what_grows() -> None:
         ),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_sentence(
+def test_bad_arguments_are_refused_in_one_sentence(
     words: list[str], message: str, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.new("L", (4, 4)).save("small.png")
@@ -244,15 +245,15 @@ def test_requests_of_tasks_share_passes_with_others(tiny: Path) -> None:
     """A task is a request: `sample_many` answers it beside others, bit for bit as alone."""
     model, picture, mask = load(tiny), Image.open("photo.png"), Image.open("mask.png")
     words = Request("boot", n=2, steps=4, seed=5, sampler="ddpm")
-    options = [
+    requests = [
         image_to_image(model, picture, words, strength=0.5),
         inpaint(model, picture, mask, words),
         outpaint(model, picture, words, left=4),
         Request("bag", steps=3),
     ]
     for one, result in zip(
-        (model.run(r, output="tensor") for r in options),
-        model.run_many(options, output="tensor"),
+        (model.run(r, output="tensor") for r in requests),
+        model.run_many(requests, output="tensor"),
         strict=True,
     ):
         assert torch.equal(one, result)

@@ -1,9 +1,8 @@
-"""A person's first minutes: the wheel alone, in an environment of its own, draws a picture; and
-`make` installs only once.
+"""The wheel alone, in an environment of its own, draws an image; `make` installs only once.
 
 The environment borrows the heavy libraries (PyTorch and the rest) of the one that runs the tests
-through a .pth file, which is read after the environment's own folder: what is proved is that code,
-entry point and weights travel in the wheel.
+through a .pth file, which is read after the environment's own folder: code, entry point and weights
+come from the wheel.
 """
 
 import os
@@ -125,7 +124,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return binaries
 
 
-def test_the_wheel_is_small_and_carries_what_is_bundled(wheel: Path) -> None:
+def test_the_wheel_is_small_and_carries_the_bundled_files(wheel: Path) -> None:
     assert wheel.stat().st_size <= WHEEL_LIMIT, (
         f"{wheel.name} weighs {wheel.stat().st_size / 2**20:.1f} MiB"
     )
@@ -169,7 +168,7 @@ def test_the_installed_command_is_the_wheels_own(installed: Path, tmp_path: Path
     assert "generate" in run(installed / "sfumato", "--help", cwd=tmp_path).stdout
 
 
-def test_the_runtime_asks_for_no_extra(installed: Path, tmp_path: Path) -> None:
+def test_the_runtime_needs_no_extra(installed: Path, tmp_path: Path) -> None:
     """Every library that `generate` loads is one of the eight that the wheel names, or comes with
     them.
     """
@@ -216,8 +215,9 @@ def test_the_wheel_alone_draws_a_sandal(installed: Path, tmp_path: Path) -> None
 
 
 def test_make_installs_once_and_calls_the_environments_own_command(tmp_path: Path) -> None:
-    """`make -n` says what would be done: after an install nothing but the command itself; after a
-    new constraint, the install.
+    """`make -n` prints the commands.
+
+    After an install it is the command itself; after a new constraint, the install.
     """
     if shutil.which("make") is None:
         pytest.skip("make is not installed")

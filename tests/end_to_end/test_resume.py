@@ -75,7 +75,7 @@ KINDS = ("autoencoder", "denoiser")
 SKIP = 77
 
 
-# ---- what is trained -----------------------------------------------------------------------------
+# ---- recipes -------------------------------------------------------------------------------------
 
 
 LATENTS = normal(10, 2, 8, 8, seed=7)
@@ -166,8 +166,9 @@ def _begin(work: Callable[[], object], environment: dict[str, str], threads: int
 
 
 def fork(work: Callable[[], object], **environment: str) -> multiprocessing.process.BaseProcess:
-    """A child that does the work and ends: exit code 0 for done, 1 for an exception, or what it
-    passes to sys.exit.
+    """Run the work in a child.
+
+    Its exit code is 0 for done, 1 for an exception, or the argument of sys.exit.
     """
     child = SERVER.Process(
         target=cloudpickle.loads, args=(cloudpickle.dumps(Call(work, environment)),)
@@ -205,19 +206,18 @@ FILE_EVENTS = {
 }
 
 
-def die_before(desired: Callable[[int, str, tuple[Any, ...]], bool]) -> Callable[[], None]:
-    """Kills this process just before it touches the file system, when wanted(how many times it did,
-    event, arguments).
+def die_before(reached: Callable[[int, str, tuple[Any, ...]], bool]) -> Callable[[], None]:
+    """Kill this process just before it touches the file system, when `reached` is true.
 
-    Counting starts when the returned function is called. Python tells its audit hooks of every
-    open, rename and removal.
+    `reached` takes the number of earlier touches, the event and its arguments. Counting starts when
+    the returned function is called: Python's audit hooks receive every open, rename and removal.
     """
     seen = -1
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal seen
         if seen >= 0 and event in FILE_EVENTS:
-            if desired(seen, event, arguments):
+            if reached(seen, event, arguments):
                 die()
             seen += 1
 
@@ -235,7 +235,7 @@ def leftovers(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a run that nobody disturbed."""
+    """The folder of a run without interruption."""
     done: dict[str, Path] = {}
 
     def folder(kind: str) -> Path:
@@ -267,7 +267,7 @@ def assert_same_run(out: Path, expected: Path) -> None:
             names or folder == "samples"
         )
         for name in names:
-            # A name for it: on CI's machines pytest would work for hours on what is different
+            # A bool with a name: pytest would explain for hours on CI's machines every difference
             # between two files of weights.
             same = (out / folder / name).read_bytes() == (expected / folder / name).read_bytes()
             assert same, f"{folder}/{name} differs"
@@ -280,7 +280,7 @@ def assert_same_run(out: Path, expected: Path) -> None:
 
 
 def test_the_state_is_more_than_weights(reference: Callable[[str], Path]) -> None:
-    """What is compared below: both networks, both optimizers with their moments, the average."""
+    """It holds both networks, both optimizers with their moments, and the average."""
     names = sorted(
         f.name for f in (reference("autoencoder") / "checkpoints" / "step-00000007").iterdir()
     )
@@ -359,17 +359,17 @@ def test_a_run_killed_during_a_save_goes_on_bit_for_bit(
     kind: str, moment: str, tmp_path: Path, reference: Callable[[str], Path]
 ) -> None:
     def work() -> None:
-        desired, save, count = MOMENTS[moment], checkpoint.save, 0
+        reached, save, count = MOMENTS[moment], checkpoint.save, 0
 
-        def saving(*inputs: Any, **options: Any) -> None:
+        def saving(*arguments: Any, **options: Any) -> None:
             nonlocal count
             count += 1
             if count == 3:
-                if desired is None:
+                if reached is None:
                     safetensors.torch.save_file = half_a_file
                 else:
-                    die_before(desired)()
-            save(*inputs, **options)
+                    die_before(reached)()
+            save(*arguments, **options)
 
         checkpoint.save = saving
         run(kind, tmp_path)
@@ -467,8 +467,9 @@ def test_a_kill_at_any_access_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path
 def test_a_kill_at_any_access_leaves_the_old_folder_or_the_new(
     swaps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where two names can be swapped, one of them is always there; where not, `recover` brings the
-    old one back.
+    """Systems that can swap two names always have one of the folders.
+
+    On others `recover` brings the old one back.
     """
     if swaps:
         for name in ("a", "b"):
@@ -499,14 +500,14 @@ def test_a_kill_at_any_access_leaves_the_old_folder_or_the_new(
     assert (absent == 0) if swaps else (absent > 0)
 
 
-def test_what_a_living_process_writes_is_not_swept(tmp_path: Path) -> None:
-    actual, peer, gone = (
+def test_folders_of_running_processes_are_not_swept(tmp_path: Path) -> None:
+    own, parent, gone = (
         tmp_path / f".a.{pid}.tmp" for pid in (os.getpid(), os.getppid(), wait_for_a_number())
     )
-    for folder in (actual, peer, gone, tmp_path / ".hidden"):
+    for folder in (own, parent, gone, tmp_path / ".hidden"):
         folder.mkdir()
     recover(tmp_path)
-    assert sorted(f.name for f in tmp_path.iterdir()) == sorted([peer.name, ".hidden"])
+    assert sorted(f.name for f in tmp_path.iterdir()) == sorted([parent.name, ".hidden"])
 
 
 def wait_for_a_number() -> int:
@@ -525,9 +526,13 @@ from sfumato.train.recipe import AutoencoderRecipe, DataSettings
 
 autoencoder = AutoencoderRecipe(
     data=DataSettings(source={data!r}, flip=True),
-    network=KLConfig(block_out_channels=(8, 16), layers_per_block=1, latent_channels=2, norm_num_groups=4),
+    network=KLConfig(
+        block_out_channels=(8, 16), layers_per_block=1, latent_channels=2, norm_num_groups=4
+    ),
     loss=AutoencoderLoss(adversarial=0.5, adversarial_start=3, discriminator_width=8),
-    loop=LoopSettings(steps=60, batch_size=4, lr=1e-3, warmup=2, ema=0.9, save_every=1, show_every=20, log_every=1),
+    loop=LoopSettings(
+        steps=60, batch_size=4, lr=1e-3, warmup=2, ema=0.9, save_every=1, show_every=20, log_every=1
+    ),
 )
 """
 
@@ -565,8 +570,8 @@ def test_the_command_line_killed_from_outside_goes_on_bit_for_bit(tmp_path: Path
         )
 
     whole = command("whole")
-    _, stated = whole.communicate()
-    assert whole.returncode == 0, stated.decode()
+    _, output = whole.communicate()
+    assert whole.returncode == 0, output.decode()
     killed = command("killed")
     while (
         not checkpoint.steps(tmp_path / "killed" / "autoencoder" / "checkpoints")
@@ -578,8 +583,8 @@ def test_the_command_line_killed_from_outside_goes_on_bit_for_bit(tmp_path: Path
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL, "it was done before the kill: train for more steps"
     again = command("killed")
-    _, stated = again.communicate()
-    assert again.returncode == 0, stated.decode()
+    _, output = again.communicate()
+    assert again.returncode == 0, output.decode()
     a, b = tmp_path / "whole" / "autoencoder", tmp_path / "killed" / "autoencoder"
     names = [f.relative_to(a) for f in sorted(a.rglob("*.safetensors"))]
     assert len(names) == 2 * 5 + 1  # two checkpoints and the finished autoencoder
@@ -688,8 +693,9 @@ def test_other_settings_or_data_do_not_go_on(
 
 
 def test_settings_that_decide_nothing_may_change(tmp_path: Path) -> None:
-    """How often to look; and, with a constant learning rate, how far to go: the longer run is the
-    run that was longer from the start.
+    """Intervals of logs; and, with a constant learning rate, the number of steps.
+
+    The longer run is the run that was longer from the start.
     """
     settings = replace(LOOP, decay="constant")
     run("denoiser", tmp_path / "a", replace(settings, steps=4))
@@ -734,14 +740,14 @@ def test_a_full_disk_during_a_save_loses_nothing(
     """
     write, count = safetensors.torch.save_file, 0
 
-    def full(*inputs: Any, **options: Any) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
         nonlocal count
         count += 1
         if count == per_save + 1 + call:
             raise SafetensorError(
                 "Error while serializing: I/O error: No space left on device (os error 28)"
             )
-        write(*inputs, **options)
+        write(*arguments, **options)
 
     per_save = 5 if kind == "autoencoder" else 3
     with monkeypatch.context() as patch:
@@ -749,9 +755,9 @@ def test_a_full_disk_during_a_save_loses_nothing(
         with pytest.raises(
             NotWritten,
             match=r"could not write .*step-00000004: .*No space left on device.*free some space",
-        ) as stated:
+        ) as error:
             run(kind, tmp_path)
-    assert ".tmp" not in str(stated.value)
+    assert ".tmp" not in str(error.value)
     assert checkpoint.steps(tmp_path / "checkpoints") == [2] and leftovers(tmp_path) == []
     run(kind, tmp_path)
     assert_same_run(tmp_path, reference(kind))
@@ -793,8 +799,9 @@ def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
 
 
 def small_disk(place: Path, size: str, again: bool = False) -> None:
-    """Mounts a tmpfs that only this (child) process sees; exits with SKIP where the system does not
-    let it.
+    """Mount a tmpfs for this (child) process alone.
+
+    It exits with SKIP where the system does not let it.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     new_namespace, new_user, private, remount = 0x20000, 0x10000000, 0x44000, 32
@@ -903,7 +910,7 @@ class Curve(Objective):
 
 
 def gather(count: int, work: Callable[[int], object]) -> list[int]:
-    """`count` processes that find each other as torchrun's do, over gloo: their exit codes."""
+    """Exit codes of `count` processes, connected over gloo as torchrun's are."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -963,7 +970,7 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("cut", [0, 13])
-def test_two_processes_train_what_one_would(cut: int, tmp_path: Path) -> None:
+def test_two_processes_train_the_weights_of_one(cut: int, tmp_path: Path) -> None:
     """The same batch, the same noise, the mean gradient: equal up to rounding, also when a run goes
     over from one to two.
     """

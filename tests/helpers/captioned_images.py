@@ -35,7 +35,8 @@ def write(folder: Path, count: int = 9) -> Path:
             rows.writerow([f"{k:02d}.png", WORDS[k % 3]])
     text_encoders.write(folder / "t5", "pixart_alpha")
     widths = {
-        "encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1),
+        "encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8),
+        "num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1),
     }  # fmt: skip
     (folder / "tiny").mkdir()
     with torch.random.fork_rng(devices=[]):

@@ -60,7 +60,8 @@ def encoder(
     size = len(vocabulary())
     width = 24 if projected else 16
     config = CLIPTextConfig(
-        vocab_size=size, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=2, projection_dim=10,
+        vocab_size=size, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=2, projection_dim=10,
         bos_token_id=size - 2, eos_token_id=size - 1 if end is None else end, **settings,
     )  # fmt: skip
     return random_network(

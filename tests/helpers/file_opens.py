@@ -1,4 +1,4 @@
-"""How often a file's tensors are opened: by safetensors, torch and gguf."""
+"""Counts of opened tensors of a file: by safetensors, torch and gguf."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator

@@ -1,8 +1,8 @@
-"""A mixture of three Gaussians in two dimensions, whose denoiser is known exactly.
+"""A mixture of three Gaussians in two dimensions, whose denoiser is exact.
 
-z ~ sum_k w_k N(m_k, s_k^2 I), so x = alpha z + sigma eps ~ sum_k w_k N(alpha m_k, v_k I) with
-v_k = alpha^2 s_k^2 + sigma^2, and E[z | x] is the mean of the components' posterior means, weighted
-by Bayes' rule. All tensors are float64; points have the shape (N, 2, 1, 1) of latents.
+z ~ sum_k w_k N(m_k, s_k^2 I), so x = alpha z + sigma eps ~ sum_k w_k N(alpha m_k, v_k I) with v_k =
+alpha^2 s_k^2 + sigma^2, and E[z | x] is the mean of the components' posterior means, weighted by
+Bayes' rule. All tensors are float64; points have the shape (N, 2, 1, 1) of latents.
 """
 
 import math

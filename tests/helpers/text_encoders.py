@@ -2,7 +2,7 @@
 
 The CLIPs are those of `clip_encoders`. T5's SentencePiece model is trained here on a few lines.
 The tokens of the language models are bytes. BERT ("sentence"), which no pipeline of diffusers has,
-knows a few words and letters.
+has a vocabulary of a few words and letters.
 """
 
 import io
@@ -47,7 +47,8 @@ MISTRAL_MARKS = [
     "[/SYSTEM_PROMPT]",
     "[IMG]",
 ]
-MISTRAL_CHAT = """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content[0].text }}[/SYSTEM_PROMPT]\
+MISTRAL_CHAT = """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}\
+[SYSTEM_PROMPT]{{ m.content[0].text }}[/SYSTEM_PROMPT]\
 {% else %}[INST]{{ m.content[0].text }}[/INST]{% endif %}{% endfor %}"""
 QWEN_MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 QWEN_CHAT = """{% for m in messages %}<|im_start|>{{ m.role }}
@@ -67,7 +68,8 @@ def spiece() -> bytes:
 
     file = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(LINES * 20), model_writer=file, vocab_size=60, model_type="unigram", pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        sentence_iterator=iter(LINES * 20), model_writer=file, vocab_size=60, model_type="unigram",
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
         hard_vocab_limit=False, minloglevel=2, num_threads=1,
     )  # fmt: skip
     return file.getvalue()
@@ -101,7 +103,8 @@ def t5_model(width: int = 48, **settings: Any) -> Any:
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
-        vocab_size=192, d_model=width, d_kv=8, d_ff=40, num_layers=2, num_heads=4, relative_attention_num_buckets=8,
+        vocab_size=192, d_model=width, d_kv=8, d_ff=40, num_layers=2, num_heads=4,
+        relative_attention_num_buckets=8,
         relative_attention_max_distance=20, feed_forward_proj="gated-gelu", **settings,
     )  # fmt: skip
     return random_network(lambda: T5EncoderModel(config), 3)
@@ -126,7 +129,8 @@ def mistral_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytes_tokenizer(MISTRAL_MARKS), bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
+        tokenizer_object=bytes_tokenizer(MISTRAL_MARKS), bos_token="<s>", eos_token="</s>",
+        unk_token="<unk>", pad_token="<pad>",
         padding_side="left", model_max_length=4096,
     )  # fmt: skip
     tokenizer.chat_template = MISTRAL_CHAT
@@ -138,11 +142,13 @@ def mistral_model() -> Any:
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
     text = {
-        "model_type": "mistral", "vocab_size": 280, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 31,
+        "model_type": "mistral", "vocab_size": 280, "hidden_size": 12, "intermediate_size": 20,
+        "num_hidden_layers": 31,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "rope_theta": 10000.0,
     }  # fmt: skip
     vision = {
-        "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8,
+        "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "head_dim": 8,
         "image_size": 28, "patch_size": 14,
     }  # fmt: skip
     config = Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
@@ -171,7 +177,8 @@ def qwen_model(tied: bool = True) -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        vocab_size=280, hidden_size=12, intermediate_size=20, num_hidden_layers=28, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        vocab_size=280, hidden_size=12, intermediate_size=20, num_hidden_layers=28,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
         tie_word_embeddings=tied,
     )  # fmt: skip
     return random_network(lambda: Qwen3ForCausalLM(config), 5)

@@ -27,8 +27,9 @@ diffusers: Any = library  # its classes are loaded by name, which type checkers 
 
 @pytest.fixture(autouse=True)
 def weights() -> None:
-    """Layers draw their weights from torch's own generator: the same ones in every run, whatever
-    ran before.
+    """Draw the weights of layers from torch's own generator, seeded anew.
+
+    They are the same in every run, whatever ran before.
     """
     torch.manual_seed(0)
 
@@ -167,41 +168,41 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def encoded(reference: Any, image: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, std) of raw latents, in the layout that their denoisers see."""
-    result = reference.encode(image)
+def encoded(peer: Any, image: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, std) of raw latents, in the layout of their denoisers."""
+    result = peer.encode(image)
     if hasattr(result, "latents"):
         return result.latents, torch.zeros_like(result.latents)
     mean, std = result.latent_dist.mean, result.latent_dist.std
-    return (patchify(mean), patchify(std)) if hasattr(reference, "bn") else (mean, std)
+    return (patchify(mean), patchify(std)) if hasattr(peer, "bn") else (mean, std)
 
 
-def decoded(reference: Any, raw: Tensor) -> Tensor:
-    return reference.decode(unpatchify(raw) if hasattr(reference, "bn") else raw).sample
+def decoded(peer: Any, raw: Tensor) -> Tensor:
+    return peer.decode(unpatchify(raw) if hasattr(peer, "bn") else raw).sample
 
 
-def same(actual: Any, reference: Any) -> None:
+def same(autoencoder: Any, peer: Any) -> None:
     """Equal keys, norms, moments and pictures, of the latent of a picture and of any other."""
-    assert actual.state_dict().keys() == reference.state_dict().keys() and norms(actual) == norms(
-        reference
-    )
-    for key, tensor in reference.state_dict().items():
+    assert autoencoder.state_dict().keys() == peer.state_dict().keys() and norms(
+        autoencoder
+    ) == norms(peer)
+    for key, tensor in peer.state_dict().items():
         assert (
-            torch.equal(actual.state_dict()[key], tensor)
-            and actual.state_dict()[key].dtype == tensor.dtype
+            torch.equal(autoencoder.state_dict()[key], tensor)
+            and autoencoder.state_dict()[key].dtype == tensor.dtype
         ), key
-    image = normal(2, actual.channels, 64, 32)
-    mean, std = encoded(reference, image)
-    result = actual.posterior(image)
+    image = normal(2, autoencoder.channels, 64, 32)
+    mean, std = encoded(peer, image)
+    result = autoencoder.posterior(image)
     assert (result.mean.shape[1], 64 // result.mean.shape[2]) == (
-        actual.space.channels,
-        actual.space.factor,
+        autoencoder.space.channels,
+        autoencoder.space.factor,
     )
     assert_close(result.mean, mean)
     torch.testing.assert_close(result.std, std, rtol=1e-5, atol=0)
-    assert_close(actual.reconstruct(result.mean), decoded(reference, mean))
+    assert_close(autoencoder.reconstruct(result.mean), decoded(peer, mean))
     noise = 2 * normal(*mean.shape, seed=1)
-    assert_close(actual.reconstruct(noise), decoded(reference, noise))
+    assert_close(autoencoder.reconstruct(noise), decoded(peer, noise))
 
 
 def pair(name: str) -> tuple[Any, Any, dict[str, Any]]:
@@ -215,21 +216,21 @@ def pair(name: str) -> tuple[Any, Any, dict[str, Any]]:
 def test_in_both_directions_through_folders(name: str, tmp_path: Path) -> None:
     network, config, values = pair(name)
     kind: Any = getattr(diffusers, FAMILIES[name][0])
-    actual = randomise(network(config.from_dict(values)))
-    save_part(tmp_path / "sfumato", actual)
-    same(actual, kind.from_pretrained(tmp_path / "sfumato"))
-    reference = randomise(kind(**values), seed=1)
-    reference.save_pretrained(tmp_path / "diffusers")
+    autoencoder = randomise(network(config.from_dict(values)))
+    save_part(tmp_path / "sfumato", autoencoder)
+    same(autoencoder, kind.from_pretrained(tmp_path / "sfumato"))
+    peer = randomise(kind(**values), seed=1)
+    peer.save_pretrained(tmp_path / "diffusers")
     loaded: Any = load_part(tmp_path / "diffusers", FAMILIES[name][0])
-    same(loaded, reference)
-    assert loaded.config == actual.config
+    same(loaded, peer)
+    assert loaded.config == autoencoder.config
     written, read = (
         json.loads((tmp_path / k / "config.json").read_text()) for k in ("sfumato", "diffusers")
     )
     # AutoencoderTiny notes these by itself
-    available = read.keys() - {"block_out_channels"} if name.startswith("t") else read.keys()
-    assert {k: written.get(k) for k in available if not k.startswith("_d")} == {
-        k: read[k] for k in available if not k.startswith("_d")
+    keys = read.keys() - {"block_out_channels"} if name.startswith("t") else read.keys()
+    assert {k: written.get(k) for k in keys if not k.startswith("_d")} == {
+        k: read[k] for k in keys if not k.startswith("_d")
     }
     assert not written.keys() - read.keys(), "a field that they do not know"
 
@@ -238,32 +239,32 @@ def test_in_both_directions_through_folders(name: str, tmp_path: Path) -> None:
 def test_flux2_standardises_as_its_pipeline_does(tmp_path: Path) -> None:
     """Its lines: (patchify(mean) - running_mean) / sqrt(running_var + eps), and back."""
     values = FAMILIES["flux2"][1]
-    reference: Any = randomise(diffusers.AutoencoderKLFlux2(**values))
-    reference.save_pretrained(tmp_path)
-    actual: Any = load_part(tmp_path)
+    peer: Any = randomise(diffusers.AutoencoderKLFlux2(**values))
+    peer.save_pretrained(tmp_path)
+    autoencoder: Any = load_part(tmp_path)
     image = normal(2, 3, 32, 16)
     mean, std = (
-        reference.bn.running_mean.view(1, -1, 1, 1),
-        torch.sqrt(reference.bn.running_var.view(1, -1, 1, 1) + reference.config.batch_norm_eps),
+        peer.bn.running_mean.view(1, -1, 1, 1),
+        torch.sqrt(peer.bn.running_var.view(1, -1, 1, 1) + peer.config.batch_norm_eps),
     )
-    expected = (patchify(reference.encode(image).latent_dist.mode()) - mean) / std
-    z = actual.encode(image)
+    expected = (patchify(peer.encode(image).latent_dist.mode()) - mean) / std
+    z = autoencoder.encode(image)
     assert_close(z, expected)
-    assert_close(actual.decode(z), reference.decode(unpatchify(expected * std + mean)).sample)
+    assert_close(autoencoder.decode(z), peer.decode(unpatchify(expected * std + mean)).sample)
     assert_close(
         z,
         torch.nn.functional.batch_norm(
-            patchify(reference.encode(image).latent_dist.mode()),
-            reference.bn.running_mean,
-            reference.bn.running_var,
+            patchify(peer.encode(image).latent_dist.mode()),
+            peer.bn.running_mean,
+            peer.bn.running_var,
             eps=1e-4,
         ),
     )
-    actual.set_statistics(
+    autoencoder.set_statistics(
         tuple(torch.linspace(-1, 1, 12).tolist()), tuple(torch.linspace(0.5, 2, 12).tolist())
     )
-    torch.testing.assert_close(torch.tensor(actual.space.std), torch.linspace(0.5, 2, 12))
-    save_part(tmp_path / "again", actual, torch.float16)
+    torch.testing.assert_close(torch.tensor(autoencoder.space.std), torch.linspace(0.5, 2, 12))
+    save_part(tmp_path / "again", autoencoder, torch.float16)
     halves: Any = diffusers.AutoencoderKLFlux2.from_pretrained(
         tmp_path / "again", torch_dtype=torch.float16
     )
@@ -278,32 +279,32 @@ def test_flux2_standardises_as_its_pipeline_does(tmp_path: Path) -> None:
 @torch.inference_mode()
 def test_codes_equal_diffusers(name: str) -> None:
     network, config, values = pair(name)
-    reference: Any = randomise(diffusers.VQModel(**values))
+    peer: Any = randomise(diffusers.VQModel(**values))
     image = normal(3, 3, 64, 32)
-    h = reference.encode(image).latents
-    # codes among the cells, so that most are somebody's nearest
+    h = peer.encode(image).latents
+    # codes among the cells, so that most are the nearest of a cell
     count = values["num_vq_embeddings"]
-    reference.quantize.embedding.weight.copy_(
+    peer.quantize.embedding.weight.copy_(
         h.movedim(1, -1).flatten(0, -2)[:count] + 0.1 * h.std() * normal(count, h.shape[1])
     )
-    actual = network(config.from_dict(values))
-    actual.load_state_dict(reference.state_dict())
-    actual.eval()
-    quantised, _, (_, _, indices) = reference.quantize(h)
-    codes = actual.codes(image)
+    autoencoder = network(config.from_dict(values))
+    autoencoder.load_state_dict(peer.state_dict())
+    autoencoder.eval()
+    quantised, _, (_, _, indices) = peer.quantize(h)
+    codes = autoencoder.codes(image)
     assert torch.equal(codes.flatten(), indices) and len(codes.unique()) > count / 2
-    assert_close(actual.quantize(h), quantised)
+    assert_close(autoencoder.quantize(h), quantised)
     shape = (3, *h.shape[2:], h.shape[1])
     entries = (
         indices
-        if reference.config.lookup_from_codebook
-        else reference.quantize.get_codebook_entry(indices, shape)
+        if peer.config.lookup_from_codebook
+        else peer.quantize.get_codebook_entry(indices, shape)
     )
     assert_close(
-        actual.from_codes(codes),
-        reference.decode(entries, force_not_quantize=True, shape=shape).sample,
+        autoencoder.from_codes(codes),
+        peer.decode(entries, force_not_quantize=True, shape=shape).sample,
     )
-    assert_close(actual.from_codes(codes), actual.reconstruct(h))
+    assert_close(autoencoder.from_codes(codes), autoencoder.reconstruct(h))
 
 
 # ---- old names and published configs -------------------------------------------------------------
@@ -314,10 +315,10 @@ RENAMED = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_at
 @pytest.mark.parametrize("name", ["kl-f16's levels", "vq-f8's levels", "flux2"])
 @torch.inference_mode()
 def test_old_names_of_attention(name: str, tmp_path: Path) -> None:
-    """They convert them when they open the file; so do we."""
+    """Both libraries rename them when they open the file."""
     network, config, values = pair(name)
-    actual = randomise(network(config.from_dict(values | {"mid_block_add_attention": True})))
-    save_part(tmp_path, actual)
+    autoencoder = randomise(network(config.from_dict(values | {"mid_block_add_attention": True})))
+    save_part(tmp_path, autoencoder)
     tensors = load_file(tmp_path / WEIGHTS)
     old = dict(tensors)
     for new, before in RENAMED.items():
@@ -487,25 +488,24 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float, float]] = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs(name: str) -> None:
-    """Full size, without weights: the same keys and shapes, and the statistics that their pipelines
-    use.
+    """Full size, without weights: the same keys and shapes.
+
+    The statistics are those that diffusers' pipelines use.
     """
     values, mean, std = PUBLISHED[name]
     network, config = autoencoders()[values["_class_name"]]
     with torch.device("meta"):
-        actual: Any = network(config.from_dict(values))
-        reference: Any = getattr(diffusers, values["_class_name"]).from_config(values)
-    assert {k: v.shape for k, v in actual.state_dict().items()} == {
-        k: v.shape for k, v in reference.state_dict().items()
+        autoencoder: Any = network(config.from_dict(values))
+        peer: Any = getattr(diffusers, values["_class_name"]).from_config(values)
+    assert {k: v.shape for k, v in autoencoder.state_dict().items()} == {
+        k: v.shape for k, v in peer.state_dict().items()
     }
-    assert (actual.space.mean[0], actual.space.std[0]) == pytest.approx((mean, std))
-    assert config.from_dict(json.loads(json.dumps(actual.to_config()))) == actual.config
+    assert (autoencoder.space.mean[0], autoencoder.space.std[0]) == pytest.approx((mean, std))
+    assert config.from_dict(json.loads(json.dumps(autoencoder.to_config()))) == autoencoder.config
 
 
-def test_statistics_are_read_as_they_were_written() -> None:
-    """diffusers' SDXL pipeline takes raw = z latents_std / scaling_factor + latents_mean: what we
-    write must say that.
-    """
+def test_statistics_round_trip_through_files() -> None:
+    """diffusers' SDXL pipeline takes raw = z latents_std / scaling_factor + latents_mean."""
     autoencoder = AutoencoderKL(
         KLConfig(
             block_out_channels=(4, 8), norm_num_groups=2, latent_channels=2, scaling_factor=0.5
@@ -528,7 +528,7 @@ def test_statistics_are_read_as_they_were_written() -> None:
 
 
 def test_defaults_equal_diffusers() -> None:
-    """A field that a folder leaves out means what they take for it."""
+    """A field that a folder leaves out has the default of diffusers."""
     import inspect
 
     for name, config in (("AutoencoderKLFlux2", KLFlux2Config), ("AutoencoderTiny", TinyConfig)):

@@ -40,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def actual(folders: dict[str, Path]) -> dict[str, ClipText]:
+def conditioners(folders: dict[str, Path]) -> dict[str, ClipText]:
     """Brackets are text in diffusers."""
     return {kind: plain(ClipText.from_folder(folder)) for kind, folder in folders.items()}
 
@@ -100,61 +100,61 @@ def ask(pipe: Any, prompt: Any, negative: Any = None, **more: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
-def test_one_encoder(kind: str, actual: dict[str, ClipText]) -> None:
+def test_one_encoder(kind: str, conditioners: dict[str, ClipText]) -> None:
     negative = ["ugly"] * (len(PROMPTS) - 1) + ["a dog"]
     reference = ask(pipeline(kind), PROMPTS, negative)
     for prompts, tokens in zip((PROMPTS, negative), reference, strict=True):
-        result = actual[kind](prompts)
+        result = conditioners[kind](prompts)
         close(result.tokens, tokens)
         assert result.mask is None and result.vector is None
     # no negative prompt is an empty one
-    close(actual[kind].null(2).tokens, ask(pipeline(kind), ["a", "b"])[1])
+    close(conditioners[kind].null(2).tokens, ask(pipeline(kind), ["a", "b"])[1])
 
 
 @pytest.mark.parametrize("skip", [0, 1, 2])
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
-def test_clip_skip(kind: str, skip: int, actual: dict[str, ClipText]) -> None:
+def test_clip_skip(kind: str, skip: int, conditioners: dict[str, ClipText]) -> None:
     pipe = pipeline(kind)
     # diffusers 0.42 looks for the norm where transformers 4 had it
     pipe.text_encoder.__dict__["text_model"] = pipe.text_encoder
     reference = ask(pipe, PROMPTS, clip_skip=skip)[0]
-    close(plain(actual[kind], clip_skip=skip)(PROMPTS).tokens, reference)
+    close(plain(conditioners[kind], clip_skip=skip)(PROMPTS).tokens, reference)
     if skip:
-        assert not torch.allclose(reference, actual[kind](PROMPTS).tokens, atol=1e-3)
+        assert not torch.allclose(reference, conditioners[kind](PROMPTS).tokens, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", [*BOTH, "refiner"])
 @pytest.mark.parametrize("skip", [None, 0, 1])
 def test_two_encoders_and_the_refiner(
-    kind: str, skip: int | None, actual: dict[str, ClipText]
+    kind: str, skip: int | None, conditioners: dict[str, ClipText]
 ) -> None:
     reference = ask(pipeline(kind), PROMPTS, ["ugly, red"] * len(PROMPTS), clip_skip=skip)
-    result = plain(actual[kind], clip_skip=skip)(PROMPTS, PICTURE)
+    result = plain(conditioners[kind], clip_skip=skip)(PROMPTS, PICTURE)
     close(result.tokens, reference[0])
     assert result.vector is not None
     close(result.vector[:, :10], reference[2])
-    # theirs knows no clip_skip for negative prompts
-    negative = actual[kind](["ugly, red"] * len(PROMPTS), PICTURE)
+    # diffusers has no clip_skip for negative prompts
+    negative = conditioners[kind](["ugly, red"] * len(PROMPTS), PICTURE)
     assert negative.vector is not None
     close(negative.tokens, reference[1])
     close(negative.vector[:, :10], reference[3])
 
 
 @pytest.mark.parametrize("kind", [*BOTH, "refiner"])
-def test_no_prompt_is_zeros_where_the_model_says_so_and_an_empty_prompt_is_text(
-    kind: str, actual: dict[str, ClipText]
+def test_no_prompt_is_zeros_by_the_models_config_and_an_empty_prompt_is_text(
+    kind: str, conditioners: dict[str, ClipText]
 ) -> None:
-    for options, inputs in ((None, None), ("", "")):
-        _, tokens, _, pooled = ask(pipeline(kind), "a cat", options)
-        result = actual[kind]([inputs], PICTURE)
+    for negative, prompt in ((None, None), ("", "")):
+        _, tokens, _, pooled = ask(pipeline(kind), "a cat", negative)
+        result = conditioners[kind]([prompt], PICTURE)
         assert result.vector is not None
         torch.testing.assert_close(result.tokens, tokens, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(result.vector[:, :10], pooled, rtol=1e-6, atol=1e-6)
-        assert (not tokens.any()) == (options is None and kind != "sdxl_text")
+        assert (not tokens.any()) == (negative is None and kind != "sdxl_text")
 
 
 def network(numbers: int) -> Any:
-    """As much of a U-Net as they ask how many numbers it takes."""
+    """Provide the fields of a U-Net from which diffusers counts the conditioning numbers."""
     widths = SimpleNamespace(in_features=4 * numbers + 10)
     return SimpleNamespace(
         config=SimpleNamespace(addition_time_embed_dim=4),
@@ -170,32 +170,32 @@ def network(numbers: int) -> Any:
         ImageSpec(64, 64, negative_original_size=(32, 33), negative_target_size=(64, 63)),
     ],
 )
-def test_sizes_and_crops(picture: ImageSpec, actual: dict[str, ClipText]) -> None:
+def test_sizes_and_crops(picture: ImageSpec, conditioners: dict[str, ClipText]) -> None:
     import diffusers
 
     pipe = SimpleNamespace(unet=network(6))
     method: Any = diffusers.StableDiffusionXLPipeline._get_add_time_ids
-    inputs = [
+    numbers = [
         picture.original_size or picture.size,
         picture.crop,
         picture.target_size or picture.size,
     ]
-    reference = method(pipe, *inputs, dtype=torch.float32, text_encoder_projection_dim=10)
-    result = actual["sdxl"](["a", "b"], picture).vector
+    reference = method(pipe, *numbers, dtype=torch.float32, text_encoder_projection_dim=10)
+    result = conditioners["sdxl"](["a", "b"], picture).vector
     assert result is not None and torch.equal(result[:, 10:], reference.expand(2, -1))
-    inputs = [
-        picture.negative_original_size or inputs[0],
+    numbers = [
+        picture.negative_original_size or numbers[0],
         picture.crop,
-        picture.negative_target_size or inputs[2],
+        picture.negative_target_size or numbers[2],
     ]
-    reference = method(pipe, *inputs, dtype=torch.float32, text_encoder_projection_dim=10)
-    result = actual["sdxl"].null(1, picture.negative).vector
+    reference = method(pipe, *numbers, dtype=torch.float32, text_encoder_projection_dim=10)
+    result = conditioners["sdxl"].null(1, picture.negative).vector
     assert (
         result is not None and torch.equal(result[:, 10:], reference) and not result[:, :10].any()
     )
 
 
-def test_the_refiners_score(actual: dict[str, ClipText]) -> None:
+def test_the_refiners_score(conditioners: dict[str, ClipText]) -> None:
     import diffusers
 
     pipe = SimpleNamespace(unet=network(5), config=SimpleNamespace(requires_aesthetics_score=True))
@@ -206,38 +206,44 @@ def test_the_refiners_score(actual: dict[str, ClipText]) -> None:
         pipe, *sizes, *scores, *sizes, dtype=torch.float32, text_encoder_projection_dim=10
     )
     for picture, numbers in zip((PICTURE, PICTURE.negative), reference, strict=True):
-        result = actual["refiner"](["a"], picture).vector
+        result = conditioners["refiner"](["a"], picture).vector
         assert result is not None and torch.equal(result[:, 10:], numbers)
 
 
 @pytest.mark.parametrize("kind", clip_encoders.KINDS)
-def test_what_is_saved_opens_in_diffusers_and_here(
-    kind: str, actual: dict[str, ClipText], tmp_path: Path
+def test_saved_folders_open_in_diffusers_and_sfumato(
+    kind: str, conditioners: dict[str, ClipText], tmp_path: Path
 ) -> None:
-    actual[kind].save(tmp_path)
+    conditioners[kind].save(tmp_path)
     (tmp_path / "model_index.json").write_text(
-        json.dumps({"_class_name": type(pipeline(kind)).__name__, **actual[kind].index()})
+        json.dumps({"_class_name": type(pipeline(kind)).__name__, **conditioners[kind].index()})
     )
     before, after = (
         ask(pipe, PROMPTS, PROMPTS) for pipe in (pipeline(kind), pipeline(kind, tmp_path))
     )
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     again = ClipText.from_folder(tmp_path)
-    assert again.config == actual[kind].config and again.identity() == actual[kind].identity()
+    assert (
+        again.config == conditioners[kind].config
+        and again.identity() == conditioners[kind].identity()
+    )
     assert all(
         torch.equal(a, b)
         for a, b in zip(
-            again(PROMPTS, PICTURE).tensors, actual[kind](PROMPTS, PICTURE).tensors, strict=True
+            again(PROMPTS, PICTURE).tensors,
+            conditioners[kind](PROMPTS, PICTURE).tensors,
+            strict=True,
         )
     )
-    assert again.tensors().keys() == actual[kind].tensors().keys()
+    assert again.tensors().keys() == conditioners[kind].tensors().keys()
     assert all(
-        torch.equal(tensor, actual[kind].tensors()[key]) for key, tensor in again.tensors().items()
+        torch.equal(tensor, conditioners[kind].tensors()[key])
+        for key, tensor in again.tensors().items()
     )
 
 
 def test_folders_of_older_versions_open(
-    folders: dict[str, Path], actual: dict[str, ClipText], tmp_path: Path
+    folders: dict[str, Path], conditioners: dict[str, ClipText], tmp_path: Path
 ) -> None:
     """vocab.json and merges.txt without tokenizer.json, "text_model." before the keys, position_ids
     among them, and a .bin.
@@ -280,15 +286,15 @@ def test_folders_of_older_versions_open(
         tmp_path / "text_encoder" / "pytorch_model.bin",
     )
     result = plain(ClipText.from_folder(tmp_path))
-    assert torch.equal(result(PROMPTS).tensors[0], actual["sd1"](PROMPTS).tensors[0])
-    assert result.identity() == actual["sd1"].identity() and result.config == ClipTextConfig(
+    assert torch.equal(result(PROMPTS).tensors[0], conditioners["sd1"](PROMPTS).tensors[0])
+    assert result.identity() == conditioners["sd1"].identity() and result.config == ClipTextConfig(
         weighting=False
     )
 
 
-def test_the_real_tokenizers_rules_are_transformers_own(actual: dict[str, ClipText]) -> None:
-    """Begin, words, end, padding: built here by hand, by theirs with its template."""
-    encoder = actual["sd2"].encoder
+def test_the_real_tokenizers_rules_are_transformers_own(conditioners: dict[str, ClipText]) -> None:
+    """Begin, words, end, padding: by hand here, by a template in transformers."""
+    encoder = conditioners["sd2"].encoder
     assert encoder is not None and encoder.tokenizer.pad_token_id == 0
     for prompt in PROMPTS:
         reference = encoder.tokenizer(prompt).input_ids

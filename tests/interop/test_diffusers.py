@@ -1,5 +1,6 @@
-"""Parity with diffusers: the same keys, the same outputs, the same folders, the same steps. It is a
-reference here and nothing else.
+"""Parity with diffusers: the same keys, the same outputs, the same folders, the same steps.
+
+It is a reference here and nothing else.
 """
 
 import inspect
@@ -31,13 +32,13 @@ from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.unet import FIXED, UNet, UNetConfig
 from sfumato.types import Conditioning
 
-THEIR_NAMES = {
+DIFFUSERS_SCHEDULES = {
     "linear": "linear",
     "scaled_linear": "scaled_linear",
     "cosine": "squaredcos_cap_v2",
     "sigmoid": "sigmoid",
 }
-THEIR_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+DIFFUSERS_PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
 def norms(network: nn.Module) -> dict[str, Any]:
@@ -271,7 +272,7 @@ UNETS: dict[str, dict[str, Any]] = {
 def inputs(
     config: UNetConfig, size: tuple[int, int], mask: bool = False
 ) -> tuple[Tensor, Tensor, Conditioning, dict[str, Any]]:
-    """x (2, 3, h, w), timesteps and the same conditioning in our words and in theirs."""
+    """Return x (2, 3, h, w), timesteps, and the conditioning for sfumato and for diffusers."""
     cross = any(
         "Cross" in str(k)
         for k in (*config.down_block_types, *config.up_block_types, config.mid_block_type)
@@ -283,7 +284,7 @@ def inputs(
         else None
     )
     labels = torch.tensor([1, 2])
-    vector, their_labels, added = None, None, None
+    vector, class_labels, added = None, None, None
     if config.addition_embed_type:
         text, count = (
             normal(2, 7, seed=2),
@@ -294,22 +295,22 @@ def inputs(
         ]
         vector, added = torch.cat([text, sizes], 1), {"text_embeds": text, "time_ids": sizes}
     elif config.class_embed_type == "timestep":
-        their_labels = torch.tensor([20.0, 350.0])
-        vector = their_labels[:, None]
+        class_labels = torch.tensor([20.0, 350.0])
+        vector = class_labels[:, None]
     elif config.class_embed_type is not None:
-        vector = their_labels = normal(
+        vector = class_labels = normal(
             2,
             config.projection_class_embeddings_input_dim or 4 * config.block_out_channels[0],
             seed=2,
         )
     elif config.num_class_embeds:
-        vector, their_labels = torch.eye(config.num_class_embeds)[labels], labels
+        vector, class_labels = torch.eye(config.num_class_embeds)[labels], labels
     concat = normal(2, config.in_channels - 3, *size, seed=3) if config.in_channels > 3 else None
     actual = Conditioning(tokens=tokens, mask=kept, vector=vector, concat=concat)
     peer = {
         "encoder_hidden_states": tokens,
         "encoder_attention_mask": kept,
-        "class_labels": their_labels,
+        "class_labels": class_labels,
         "added_cond_kwargs": added,
     }
     return normal(2, 3, *size), torch.tensor([999.0, 333.25]), actual, peer
@@ -330,10 +331,10 @@ def test_unets_in_both_directions_through_folders(name: str, tmp_path: Path) -> 
     save_part(tmp_path / "sfumato", actual)
     peer = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "sfumato")
     same_unet(actual, peer)
-    # odd maps fail in their AttnUpBlock2D
+    # odd maps fail in diffusers' AttnUpBlock2D
     sizes = [(4, 12)] if "AttnUpBlock2D" in values["up_block_types"] else [(7, 7), (6, 9)]
     for size in sizes:
-        # there their first attention takes no mask
+        # there the first attention of diffusers takes no mask
         same_unet(actual, peer, size, mask="only_cross_attention" not in values)
     peer = randomised(diffusers.UNet2DConditionModel(**values), seed=1)
     peer.save_pretrained(tmp_path / "diffusers")
@@ -392,8 +393,9 @@ def test_every_input_shows_in_the_output() -> None:
 @pytest.mark.parametrize("size", [(8, 8), (7, 7)])
 @torch.inference_mode()
 def test_controlnet_residuals(size: tuple[int, int]) -> None:
-    """The residuals of a real ControlNet go through our door `Conditioning.residuals`: its down
-    blocks' in order, then the middle's.
+    """A real ControlNet's residuals are the network's `Conditioning.residuals`.
+
+    Those of the down blocks come in order, then the middle's.
     """
     values = TINY | CROSS | {"mid_block_type": "UNetMidBlock2DCrossAttn"}
     actual = randomised(UNet(UNetConfig(**values)))
@@ -424,7 +426,7 @@ def defaults_of(config: type) -> dict[str, Any]:
     return {f.name: f.default for f in fields(config) if f.default is not MISSING}
 
 
-def test_we_know_every_field_of_their_configs_with_its_default() -> None:
+def test_every_field_of_diffusers_configs_is_listed_with_its_default() -> None:
     peer = {
         k: p.default
         for k, p in inspect.signature(diffusers.UNet2DConditionModel.__init__).parameters.items()
@@ -477,7 +479,7 @@ def change_config(folder: Path, **values: Any) -> None:
         ("norm_num_groups", 0, "value of the wrong kind"),
     ],
 )
-def test_fields_we_would_not_honour_are_refused(
+def test_unsupported_unet_fields_are_refused(
     tmp_path: Path, field: str, value: Any, words: str
 ) -> None:
     folder = saved_unet(tmp_path)
@@ -506,7 +508,7 @@ def test_fields_we_would_not_honour_are_refused(
         ({"_class_name": "AutoencoderTiny"}, "of class 'AutoencoderTiny'"),
     ],
 )
-def test_autoencoder_fields_we_would_not_honour_are_refused(
+def test_unsupported_autoencoder_fields_are_refused(
     tmp_path: Path, values: dict[str, Any], words: str
 ) -> None:
     save_part(tmp_path, AutoencoderKL(KLConfig(**(SMALL | AUTOENCODERS["statistics"]))))
@@ -518,21 +520,20 @@ def test_autoencoder_fields_we_would_not_honour_are_refused(
 # ---- schedules and schedulers --------------------------------------------------------------------
 
 
-def their_scheduler(process: Process) -> Any:
+def diffusers_scheduler(process: Process) -> Any:
     values = to_scheduler_config(process)
     return getattr(diffusers, values["_class_name"]).from_config(values)
 
 
-@pytest.mark.parametrize("kind", THEIR_NAMES)
+@pytest.mark.parametrize("kind", DIFFUSERS_SCHEDULES)
 def test_tables_equal_diffusers(kind: str) -> None:
-    """alpha^2 and sigma^2 at every grid point, to 1e-6 plus what they lose by float32: each beta is
-    rounded to 2^-24 of itself.
+    """alpha^2 and sigma^2 at every grid point, to 1e-6 plus the rounding of float32.
 
-    The product is taken over their betas in float64: their own cumulative product adds up to 1e-4
-    of rounding, checked last.
+    Each beta is rounded to 2^-24 of itself. The product is taken over diffusers' betas in float64:
+    its own cumulative product adds up to 1e-4 of rounding, checked last.
     """
     process = Process(schedule(kind), parameterization("v"))
-    peer = their_scheduler(process)
+    peer = diffusers_scheduler(process)
     betas = peer.betas.double()
     products = torch.log1p(-betas).cumsum(0)
     lost = 1e-6 + (2**-24 * betas / (1 - betas)).cumsum(0)
@@ -544,8 +545,8 @@ def test_tables_equal_diffusers(kind: str) -> None:
     torch.testing.assert_close(alpha.square().float(), peer.alphas_cumprod, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", THEIR_NAMES)
-@pytest.mark.parametrize("name", THEIR_TYPES)
+@pytest.mark.parametrize("kind", DIFFUSERS_SCHEDULES)
+@pytest.mark.parametrize("name", DIFFUSERS_PREDICTIONS)
 def test_scheduler_configs_in_both_directions_through_folders(
     kind: str, name: str, tmp_path: Path
 ) -> None:
@@ -555,8 +556,8 @@ def test_scheduler_configs_in_both_directions_through_folders(
     (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
     peer = getattr(diffusers, config["_class_name"]).from_pretrained(tmp_path)
     assert (
-        peer.config.prediction_type == THEIR_TYPES[name]
-        and peer.config.beta_schedule == THEIR_NAMES[kind]
+        peer.config.prediction_type == DIFFUSERS_PREDICTIONS[name]
+        and peer.config.beta_schedule == DIFFUSERS_SCHEDULES[kind]
     )
     assert len(peer.alphas_cumprod) == 500 and not peer.config.clip_sample
     peer.save_pretrained(tmp_path / "again")
@@ -571,11 +572,11 @@ def test_scheduler_configs_in_both_directions_through_folders(
 
 def test_flow_scheduler_in_both_directions(tmp_path: Path) -> None:
     process = Process(schedule("flow"), parameterization("flow"))
-    peer = their_scheduler(process)
+    peer = diffusers_scheduler(process)
     peer.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "scheduler_config.json").read_text())
     assert len(values) > 12 and from_scheduler_config(values) == process
-    # no scheduler of theirs stands for it: a config of our own does
+    # no scheduler of diffusers stands for it: a config of sfumato does
     other = Process(schedule("flow"), parameterization("v"))
     config = to_scheduler_config(other)
     assert (
@@ -584,7 +585,7 @@ def test_flow_scheduler_in_both_directions(tmp_path: Path) -> None:
     )
     for change, words in (
         ({"schedule": {"class": "Flow"}}, "expected a class of"),
-        ({"shift": 3}, "field shift=3 is not known"),
+        ({"shift": 3}, "shift=3 is not known"),
     ):
         with pytest.raises(UserError, match=words):
             from_scheduler_config({**config, **change})
@@ -610,9 +611,7 @@ FLOW, TABLE = "FlowMatchEulerDiscreteScheduler", "DDIMScheduler"
         (FLOW, {"beta_start": 0.1}, "beta_start=0.1 is not known"),
     ],
 )
-def test_schedulers_we_would_not_honour_are_refused(
-    name: str, values: dict[str, Any], words: str
-) -> None:
+def test_unsupported_schedulers_are_refused(name: str, values: dict[str, Any], words: str) -> None:
     good = {"clip_sample": False} if name != FLOW else {}
     if name != "IPNDMScheduler":
         from_scheduler_config({"_class_name": name, **good})
@@ -623,7 +622,7 @@ def test_schedulers_we_would_not_honour_are_refused(
 # ---- whole models --------------------------------------------------------------------------------
 
 
-class Reference(nn.Module):
+class DiffusersModel(nn.Module):
     """A model folder opened with diffusers, and a sampling loop by hand."""
 
     def __init__(self, folder: Path) -> None:
@@ -646,13 +645,15 @@ class Reference(nn.Module):
             self.scheduler.set_timesteps(steps)
         x = noise
         for timestep in self.scheduler.timesteps:
-            y, reference = (
+            y, unconditional = (
                 self.unet(
                     x, timestep, encoder_hidden_states=None, class_labels=torch.tensor(k)
                 ).sample
                 for k in (labels, [null] * len(labels))
             )
-            x = self.scheduler.step(reference + weight * (y - reference), timestep, x).prev_sample
+            x = self.scheduler.step(
+                unconditional + weight * (y - unconditional), timestep, x
+            ).prev_sample
         return x
 
     @torch.inference_mode()
@@ -682,7 +683,7 @@ def test_a_whole_model_makes_the_same_latents_and_pictures(
     process = Process(schedule(pair[0]), parameterization(pair[1]))
     model = replace(model, denoiser=Denoiser(model.denoiser.network, process))
     model.save(tmp_path / "model")
-    peer, names = Reference(tmp_path / "model"), model.class_names
+    peer, names = DiffusersModel(tmp_path / "model"), model.class_names
     noise = SeededNoise((2, 8, 8), [11, 12, 13])()
     labels = [0, 2, 1]
     settings = {"prompt": [names[k] for k in labels], "seed": 11, "steps": 5, "guidance": weight}
@@ -708,8 +709,9 @@ def test_a_whole_model_makes_the_same_latents_and_pictures(
     ],
 )
 def test_rescaled_and_own_tables_in_both_directions(chosen: Any, parameter: str) -> None:
-    """Their scheduler built from our config has our table, and our config read again is the same
-    process.
+    """A scheduler of diffusers built from a written config has the same table.
+
+    The config read again gives the same process.
     """
     process = Process(chosen, parameterization(parameter))
     config = to_scheduler_config(process)

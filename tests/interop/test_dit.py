@@ -1,5 +1,6 @@
-"""DiT and PixArt beside diffusers': the same keys, outputs and files, at any size that theirs can
-do; and what ours does beyond.
+"""Parity with DiT and PixArt of diffusers: the same keys, outputs and files.
+
+They are compared at every size that diffusers takes; other sizes are tested alone.
 """
 
 import json
@@ -64,9 +65,11 @@ PIXARTS: dict[str, dict[str, Any]] = {
 every = pytest.mark.parametrize("name", [*DITS, *PIXARTS])
 
 
-def reference(name: str, alike: bool = True) -> Any:
-    """diffusers' network; a DiT's layers for time and class are the same in all blocks, as in
-    published files, unless told otherwise.
+def diffusers_network(name: str, alike: bool = True) -> Any:
+    """A network of diffusers with random weights.
+
+    A DiT's layers for time and class are the same in all blocks, as in published files, unless
+    `alike` is False.
     """
     if name in PIXARTS:
         values = SMALL | {"cross_attention_dim": 24} | PIXARTS[name]
@@ -85,17 +88,17 @@ def opened(network: Any, folder: Path) -> Any:
     return load_part(folder)
 
 
-def options(
-    actual: Any, size: tuple[int, int], batch: int = 2
+def inputs(
+    network: Any, size: tuple[int, int], batch: int = 2
 ) -> tuple[Tensor, Tensor, Conditioning]:
     """x, times and a condition for each image: all doors of the network are in use, and some text
     is masked.
     """
     x, timestep = (
-        normal(batch, actual.config.in_channels, *size),
+        normal(batch, network.config.in_channels, *size),
         torch.linspace(7, 999, batch) if batch > 1 else torch.tensor([999.0]),
     )
-    if isinstance(actual, DiT):
+    if isinstance(network, DiT):
         return x, timestep, Conditioning(vector=torch.eye(CLASSES)[torch.arange(batch) % CLASSES])
     mask = (normal(batch, 6, seed=3) > -0.5) | (torch.arange(6) == 0)
     picture = torch.tensor([[1024.0, 768.0, 1024 / 768], [512.0, 1021.0, 512 / 1021]])[
@@ -105,14 +108,15 @@ def options(
         x,
         timestep,
         Conditioning(
-            tokens=normal(batch, 6, actual.token_width, seed=1), mask=mask, vector=picture
+            tokens=normal(batch, 6, network.token_width, seed=1), mask=mask, vector=picture
         ),
     )
 
 
-def their_answer(network: Any, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-    """What diffusers' network gives; its DiT puts tokens together as squares only, which is done
-    here for it.
+def diffusers_output(network: Any, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+    """The output of diffusers' network.
+
+    Its DiT joins tokens to squares only; other maps are joined here.
     """
     if isinstance(network, diffusers.PixArtTransformer2DModel):
         picture: Any = cond.vector
@@ -120,7 +124,7 @@ def their_answer(network: Any, x: Tensor, timestep: Tensor, cond: Conditioning) 
         return network(x, cond.tokens, timestep, added, encoder_attention_mask=cond.mask).sample
     tokens: list[Tensor] = []
     hook = network.proj_out_2.register_forward_hook(
-        lambda module, inputs, result: tokens.append(result)
+        lambda module, args, result: tokens.append(result)
     )
     vector: Any = cond.vector
     try:
@@ -145,19 +149,19 @@ def their_answer(network: Any, x: Tensor, timestep: Tensor, cond: Conditioning) 
 @every
 @torch.inference_mode()
 def test_parity_and_folders_in_both_directions(name: str, tmp_path: Path) -> None:
-    network = reference(name)
-    actual = opened(network, tmp_path / "diffusers")
-    save_part(tmp_path / "sfumato", actual)
-    again = type(network).from_pretrained(tmp_path / "sfumato")
-    before, after = network.state_dict(), again.state_dict()
-    assert actual.state_dict().keys() == before.keys() == after.keys()
+    peer = diffusers_network(name)
+    network = opened(peer, tmp_path / "diffusers")
+    save_part(tmp_path / "sfumato", network)
+    again = type(peer).from_pretrained(tmp_path / "sfumato")
+    before, after = peer.state_dict(), again.state_dict()
+    assert network.state_dict().keys() == before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     for size in ((8, 8), (16, 16), (4, 12), (20, 8), (4, 4)):
-        x, timestep, cond = options(actual, size)
-        expected = their_answer(network, x, timestep, cond)
+        x, timestep, cond = inputs(network, size)
+        expected = diffusers_output(peer, x, timestep, cond)
         assert expected.shape[2:] == size and expected.std() > 0.05
-        assert_close(actual(x, timestep, cond), expected)
-        assert_close(their_answer(again, x, timestep, cond), expected, 0)
+        assert_close(network(x, timestep, cond), expected)
+        assert_close(diffusers_output(again, x, timestep, cond), expected, 0)
 
 
 @torch.inference_mode()
@@ -167,17 +171,17 @@ def test_perturbed_attention(name: str, tmp_path: Path) -> None:
     """diffusers' processor, which its PixArt-Sigma pipeline sets in a block's first attention,
     perturbs the second half of a doubled batch.
     """
-    network = reference(name)
-    actual = opened(network, tmp_path)
-    x, timestep, cond = options(actual, (8, 8))
-    network.transformer_blocks[1].attn1.set_processor(PAGIdentitySelfAttnProcessor2_0())
-    plain, expected = their_answer(
-        network, x.repeat(2, 1, 1, 1), timestep.repeat(2), Conditioning.cat([cond, cond])
+    peer = diffusers_network(name)
+    network = opened(peer, tmp_path)
+    x, timestep, cond = inputs(network, (8, 8))
+    peer.transformer_blocks[1].attn1.set_processor(PAGIdentitySelfAttnProcessor2_0())
+    plain, expected = diffusers_output(
+        peer, x.repeat(2, 1, 1, 1), timestep.repeat(2), Conditioning.cat([cond, cond])
     ).chunk(2)
-    result = replace_layers(actual, ["transformer_blocks.1"], self_attentions, "layer")(
+    result = replace_layers(network, ["transformer_blocks.1"], self_attentions, "layer")(
         x, timestep, cond
     )
-    assert_close(actual(x, timestep, cond), plain)
+    assert_close(network(x, timestep, cond), plain)
     assert_close(result, expected)
     assert (result - plain).abs().max() > 1e-3
 
@@ -186,48 +190,50 @@ def test_a_dit_with_modulation_layers_in_each_block(tmp_path: Path) -> None:
     """diffusers lets them differ, and uses each block's; also in place, in a network that shared
     them before, and back again.
     """
-    network = reference("DiT", alike=False)
-    actual = opened(network, tmp_path / "diffusers")
-    x, timestep, cond = options(actual, (8, 8))
-    assert_close(actual(x, timestep, cond), their_answer(network, x, timestep, cond))
-    first, second = (block.norm1.emb for block in actual.transformer_blocks)
+    peer = diffusers_network("DiT", alike=False)
+    network = opened(peer, tmp_path / "diffusers")
+    x, timestep, cond = inputs(network, (8, 8))
+    assert_close(network(x, timestep, cond), diffusers_output(peer, x, timestep, cond))
+    first, second = (block.norm1.emb for block in network.transformer_blocks)
     assert first is not second
-    shared = DiT(actual.config).eval()
+    shared = DiT(network.config).eval()
     assert shared.transformer_blocks[0].norm1.emb is shared.transformer_blocks[1].norm1.emb
-    shared.load_state_dict(network.state_dict())
-    assert_close(shared(x, timestep, cond), their_answer(network, x, timestep, cond))
+    shared.load_state_dict(peer.state_dict())
+    assert_close(shared(x, timestep, cond), diffusers_output(peer, x, timestep, cond))
     save_part(tmp_path / "sfumato", shared)
     again = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "sfumato")
     assert_close(
-        their_answer(again, x, timestep, cond), their_answer(network, x, timestep, cond), 0
+        diffusers_output(again, x, timestep, cond), diffusers_output(peer, x, timestep, cond), 0
     )
-    network = reference("DiT")
-    shared.load_state_dict(network.state_dict())
+    peer = diffusers_network("DiT")
+    shared.load_state_dict(peer.state_dict())
     assert shared.transformer_blocks[0].norm1.emb is shared.transformer_blocks[1].norm1.emb
-    assert_close(shared(x, timestep, cond), their_answer(network, x, timestep, cond))
+    assert_close(shared(x, timestep, cond), diffusers_output(peer, x, timestep, cond))
 
 
 def test_weights_of_a_checkpoint_come_into_the_parameters_that_an_optimizer_holds() -> None:
     """A resumed training goes on with the same objects, and with one module for all blocks."""
-    actual, network = DiT(DiTConfig(num_embeds_ada_norm=CLASSES - 1, **SMALL)), reference("DiT")
-    before = list(actual.parameters())
-    actual.load_state_dict(network.state_dict())
-    assert all(a is b for a, b in zip(before, actual.parameters(), strict=True))
+    network, peer = (
+        DiT(DiTConfig(num_embeds_ada_norm=CLASSES - 1, **SMALL)),
+        diffusers_network("DiT"),
+    )
+    before = list(network.parameters())
+    network.load_state_dict(peer.state_dict())
+    assert all(a is b for a, b in zip(before, network.parameters(), strict=True))
     assert all(
-        torch.equal(tensor, network.state_dict()[key])
-        for key, tensor in actual.state_dict().items()
+        torch.equal(tensor, peer.state_dict()[key]) for key, tensor in network.state_dict().items()
     )
 
 
 @torch.inference_mode()
 def test_the_shared_modulation_of_dit_blocks_is_stored_once(tmp_path: Path) -> None:
-    actual = opened(reference("DiT"), tmp_path)
-    own = sum(p.numel() for p in reference("DiT").parameters())
-    once = sum(p.numel() for p in actual.transformer_blocks[0].norm1.emb.parameters())
-    assert sum(p.numel() for p in actual.parameters()) == own - once
+    network = opened(diffusers_network("DiT"), tmp_path)
+    own = sum(p.numel() for p in diffusers_network("DiT").parameters())
+    once = sum(p.numel() for p in network.transformer_blocks[0].norm1.emb.parameters())
+    assert sum(p.numel() for p in network.parameters()) == own - once
     calls: list[int] = []
-    actual.transformer_blocks[1].norm1.emb.register_forward_hook(lambda *_: calls.append(1))
-    actual(*options(actual, (8, 8)))
+    network.transformer_blocks[1].norm1.emb.register_forward_hook(lambda *_: calls.append(1))
+    network(*inputs(network, (8, 8)))
     assert len(calls) == 1
 
 
@@ -235,38 +241,38 @@ def test_the_shared_modulation_of_dit_blocks_is_stored_once(tmp_path: Path) -> N
 @torch.inference_mode()
 def test_every_input_shows_in_the_output(name: str, tmp_path: Path) -> None:
     """Without this, parity could hold because nothing matters."""
-    actual = opened(reference(name), tmp_path)
-    x, timestep, cond = options(actual, (8, 8))
-    y = actual(x, timestep, cond)
+    network = opened(diffusers_network(name), tmp_path)
+    x, timestep, cond = inputs(network, (8, 8))
+    y = network(x, timestep, cond)
     changes: list[dict[str, Any]] = (
-        [{"vector": cond.vector.flip(0)}] if actual.vector_width or actual.classes else []
+        [{"vector": cond.vector.flip(0)}] if network.vector_width or network.classes else []
     )
     if cond.tokens is not None:
         changes += [{"tokens": cond.tokens + 1}, {"mask": None}]
         masked = torch.where(cond.mask[:, :, None], cond.tokens, 7.0)
         assert not cond.mask.all() and torch.equal(
-            actual(x, timestep, replace(cond, tokens=masked)), y
+            network(x, timestep, replace(cond, tokens=masked)), y
         ), "what is masked is not read"
     for change in changes:
-        assert (actual(x, timestep, replace(cond, **change)) - y).abs().max() > 1e-3, change
-    assert (actual(x, timestep - 5, cond) - y).abs().max() > 1e-3
-    assert (actual(x.roll(2, 3), timestep, cond).roll(-2, 3) - y).abs().max() > 1e-3, (
+        assert (network(x, timestep, replace(cond, **change)) - y).abs().max() > 1e-3, change
+    assert (network(x, timestep - 5, cond) - y).abs().max() > 1e-3
+    assert (network(x.roll(2, 3), timestep, cond).roll(-2, 3) - y).abs().max() > 1e-3, (
         "places are told apart"
     )
-    if name in PIXARTS and not actual.vector_width:
-        assert torch.equal(actual(x, timestep, replace(cond, vector=None)), y)
+    if name in PIXARTS and not network.vector_width:
+        assert torch.equal(network(x, timestep, replace(cond, vector=None)), y)
 
 
 @pytest.mark.parametrize("name", ["DiT", "DiT, patches of 4", "PixArt"])
 @torch.inference_mode()
 def test_sides_that_are_no_multiple_of_the_patch(name: str, tmp_path: Path) -> None:
-    """They go on with their edge, and the answer is cut."""
-    actual = opened(reference(name), tmp_path)
-    x, timestep, cond = options(actual, (7, 9))
-    patch = actual.patch
+    """The map is padded with its edge, and the output is cut to its size."""
+    network = opened(diffusers_network(name), tmp_path)
+    x, timestep, cond = inputs(network, (7, 9))
+    patch = network.patch
     filled = torch.nn.functional.pad(x, (0, -9 % patch, 0, -7 % patch), mode="replicate")
-    y = actual(x, timestep, cond)
-    assert y.shape == (2, 8, 7, 9) and torch.equal(y, actual(filled, timestep, cond)[:, :, :7, :9])
+    y = network(x, timestep, cond)
+    assert y.shape == (2, 8, 7, 9) and torch.equal(y, network(filled, timestep, cond)[:, :, :7, :9])
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -274,9 +280,9 @@ def test_sides_that_are_no_multiple_of_the_patch(name: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["DiT", "PixArt", "PixArt, sizes"])
 def test_the_class_of_the_first_files(name: str, tmp_path: Path) -> None:
-    """Transformer2DModel: diffusers reads such folders as what they are, and so do we."""
-    network = reference(name)
-    network.save_pretrained(tmp_path)
+    """Both libraries open folders of Transformer2DModel as networks of today's classes."""
+    peer = diffusers_network(name)
+    peer.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {
         "_class_name": "Transformer2DModel",
@@ -288,24 +294,25 @@ def test_the_class_of_the_first_files(name: str, tmp_path: Path) -> None:
         {} if name in PIXARTS else {"cross_attention_dim": None}
     )
     (tmp_path / "config.json").write_text(json.dumps(config))
-    actual = load_part(tmp_path)
-    assert type(diffusers.Transformer2DModel.from_pretrained(tmp_path)) is type(network)
-    assert actual.to_config()["_class_name"] == type(network).__name__  # pyright: ignore[reportCallIssue]
+    network = load_part(tmp_path)
+    assert type(diffusers.Transformer2DModel.from_pretrained(tmp_path)) is type(peer)
+    assert network.to_config()["_class_name"] == type(peer).__name__  # pyright: ignore[reportCallIssue]
     with torch.inference_mode():
-        x, timestep, cond = options(actual, (8, 8))
-        assert_close(actual(x, timestep, cond), their_answer(network, x, timestep, cond))
+        x, timestep, cond = inputs(network, (8, 8))
+        assert_close(network(x, timestep, cond), diffusers_output(peer, x, timestep, cond))
     config["norm_type"] = "ada_norm"
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
         UserError,
-        match="norm_type 'ada_norm' of Transformer2DModel is not supported: expected one of ada_norm_zero",
+        match="norm_type 'ada_norm' of Transformer2DModel is not supported: "
+        "expected one of ada_norm_zero",
     ):
         load_part(tmp_path)
 
 
 @every
 def test_configs_come_back(name: str) -> None:
-    config = reference(name).config
+    config = diffusers_network(name).config
     kind = PixArtConfig if name in PIXARTS else DiTConfig
     read = kind.from_dict(json.loads(json.dumps(dict(config))))
     assert {k: v for k, v in read.to_dict().items() if k != "_class_name"} == {
@@ -316,7 +323,7 @@ def test_configs_come_back(name: str) -> None:
 
 FULL: dict[str, tuple[str, dict[str, Any], int]] = {
     # millions of parameters: 675 of DiT-XL/2 (Peebles & Xie 2022, arXiv:2212.09748); diffusers'
-    # class has 750, with 27 copies of the same layers. The paper of PixArt says 0.6 billion (Chen
+    # class has 750, with 27 copies of the same layers. The paper of PixArt gives 0.6 billion (Chen
     # et al. 2023, arXiv:2310.00426); 611 is what diffusers' class has with the published configs.
     "DiT-XL/2 256": ("DiTTransformer2DModel", {"out_channels": 8}, 675),
     "DiT-XL/2 512": ("DiTTransformer2DModel", {"out_channels": 8, "sample_size": 64}, 675),
@@ -336,14 +343,17 @@ FULL: dict[str, tuple[str, dict[str, Any], int]] = {
 
 @pytest.mark.parametrize("name", FULL)
 def test_full_sizes(name: str) -> None:
-    """Without memory for their numbers: names, shapes and counts."""
+    """Without memory for the weights: names, shapes and counts."""
     kind, values, millions = FULL[name]
-    network, config = registered()[kind]
+    network_class, config = registered()[kind]
     with torch.device("meta"):
-        actual, expected = network(config.from_dict(values)), getattr(diffusers, kind)(**values)
-    shapes = [{k: tuple(v.shape) for k, v in n.state_dict().items()} for n in (actual, expected)]
+        network, expected = (
+            network_class(config.from_dict(values)),
+            getattr(diffusers, kind)(**values),
+        )
+    shapes = [{k: tuple(v.shape) for k, v in n.state_dict().items()} for n in (network, expected)]
     assert shapes[0] == shapes[1]
-    assert round(sum(p.numel() for p in actual.parameters()) / 1e6) == millions
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6) == millions
 
 
 # ---- bits, dtypes, training ----------------------------------------------------------------------
@@ -357,28 +367,30 @@ def test_full_sizes(name: str) -> None:
 def test_an_image_has_the_bits_that_it_has_alone(
     name: str, size: tuple[int, int], tmp_path: Path
 ) -> None:
-    actual = opened(reference(name), tmp_path)
-    x, timestep, cond = options(actual, size, 12)
-    assert not batch_dependent(lambda rows: actual(x[rows], timestep[rows], cond[rows]), (2, 3, 11))
+    network = opened(diffusers_network(name), tmp_path)
+    x, timestep, cond = inputs(network, size, 12)
+    assert not batch_dependent(
+        lambda rows: network(x[rows], timestep[rows], cond[rows]), (2, 3, 11)
+    )
 
 
 @pytest.mark.invariance
 def test_a_wide_network_has_them_too() -> None:
     """Weights that go other ways than small ones: the table of classes, and oneDNN's."""
-    actual = randomised(
+    network = randomised(
         DiT(DiTConfig(num_attention_heads=4, attention_head_dim=72, num_layers=1, sample_size=8))
     )
     x, timestep = normal(5, 4, 6, 8), torch.linspace(0, 999, 5)
     cond = Conditioning(vector=torch.eye(1001)[[1, 1000, 7, 1000, 999]])
-    assert not batch_dependent(lambda rows: actual(x[rows], timestep[rows], cond[rows]), (2, 4))
+    assert not batch_dependent(lambda rows: network(x[rows], timestep[rows], cond[rows]), (2, 4))
 
 
 @pytest.mark.parametrize("name", ["DiT", "PixArt, sizes asked for"])
 @torch.inference_mode()
 def test_bfloat16(name: str, tmp_path: Path) -> None:
-    actual = opened(reference(name), tmp_path)
-    x, timestep, cond = options(actual, (8, 12))
-    expected = actual(x, timestep, cond)
+    network = opened(diffusers_network(name), tmp_path)
+    x, timestep, cond = inputs(network, (8, 12))
+    expected = network(x, timestep, cond)
     half = load_part(tmp_path, dtype=torch.bfloat16)
     result = half(x.bfloat16(), timestep, cond.to(dtype=torch.bfloat16))
     assert result.dtype == torch.bfloat16
@@ -399,16 +411,16 @@ def test_training(name: str) -> None:
         if name in PIXARTS
         else {"num_embeds_ada_norm": CLASSES - 1} | DITS[name]
     )
-    actual: Any = kind[0](kind[1](**(SMALL | values)))
-    x, timestep, cond = options(actual, (8, 8), CLASSES)
-    assert not actual(x, timestep, cond).any()
-    randomised(actual)
+    network: Any = kind[0](kind[1](**(SMALL | values)))
+    x, timestep, cond = inputs(network, (8, 8), CLASSES)
+    assert not network(x, timestep, cond).any()
+    randomised(network)
     with torch.inference_mode():
-        expected = actual(x, timestep, cond)
-    y = actual.requires_grad_(True)(x, timestep, cond)
+        expected = network(x, timestep, cond)
+    y = network.requires_grad_(True)(x, timestep, cond)
     assert_close(y.detach(), expected)
     y.square().mean().backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in actual.parameters())
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in network.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -417,18 +429,18 @@ def test_training(name: str) -> None:
 def test_prepared_for_inference(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     from sfumato.inference.prepack import can_prepack, prepack
 
-    actual = opened(reference(name), tmp_path).to(dtype)
-    if not can_prepack(actual):
+    network = opened(diffusers_network(name), tmp_path).to(dtype)
+    if not can_prepack(network):
         pytest.skip("this processor has no such kernels")
-    x, timestep, cond = options(actual, (8, 8))
+    x, timestep, cond = inputs(network, (8, 8))
     x, cond = x.to(dtype), cond.to(dtype=dtype)
-    ready = prepack(actual)
+    ready = prepack(network)
     assert_close(
         ready(x, timestep, cond),
-        actual(x, timestep, cond),
+        network(x, timestep, cond),
         1e-5 if dtype == torch.float32 else 0.05,
     )
-    assert all(torch.equal(a, actual.state_dict()[key]) for key, a in ready.state_dict().items())
+    assert all(torch.equal(a, network.state_dict()[key]) for key, a in ready.state_dict().items())
 
 
 # ---- bad input -----------------------------------------------------------------------------------
@@ -437,8 +449,8 @@ def test_prepared_for_inference(name: str, dtype: torch.dtype, tmp_path: Path) -
 @torch.inference_mode()
 def test_doors_that_are_missing_or_do_not_fit(tmp_path: Path) -> None:
     dit, pixart = (
-        opened(reference("DiT"), tmp_path / "a"),
-        opened(reference("PixArt, sizes"), tmp_path / "b"),
+        opened(diffusers_network("DiT"), tmp_path / "a"),
+        opened(diffusers_network("PixArt, sizes"), tmp_path / "b"),
     )
     wrong: list[tuple[Any, dict[str, Any], str]] = [
         (
@@ -460,7 +472,8 @@ def test_doors_that_are_missing_or_do_not_fit(tmp_path: Path) -> None:
         (
             pixart,
             {"vector": None},
-            r"conditioned on the image's height, width and height/width: Conditioning.vector \(B, 3\) is missing",
+            r"conditioned on the image's height, width and height/width: "
+            r"Conditioning.vector \(B, 3\) is missing",
         ),
         (pixart, {"vector": normal(2, 2)}, r"Conditioning.vector \(B, 3\) has 2 numbers"),
         (
@@ -471,11 +484,11 @@ def test_doors_that_are_missing_or_do_not_fit(tmp_path: Path) -> None:
         (dit, {"concat": normal(2, 4, 8, 8)}, "this DiT has no use for Conditioning.concat"),
     ]
     for network, change, sentence in wrong:
-        x, timestep, cond = options(network, (8, 8))
+        x, timestep, cond = inputs(network, (8, 8))
         with pytest.raises(UserError, match=sentence):
             network(x, timestep, replace(cond, **change))
     with pytest.raises(UserError, match="this DiT takes 4 channels and was given 3"):
-        dit(normal(2, 3, 8, 8), *options(dit, (8, 8))[1:])
+        dit(normal(2, 3, 8, 8), *inputs(dit, (8, 8))[1:])
 
 
 @pytest.mark.parametrize(
@@ -487,7 +500,8 @@ def test_doors_that_are_missing_or_do_not_fit(tmp_path: Path) -> None:
         ({"out_channels": 3}, "out_channels=3: expected a whole number of at least 4"),
         (
             {"attention_head_dim": 7},
-            "num_attention_heads \\* attention_head_dim is 21: expected a multiple of 4, for sine positions",
+            "num_attention_heads \\* attention_head_dim is 21: expected a multiple of 4, for sine "
+            "positions",
         ),
         ({"activation_fn": "relu"}, "activation_fn 'relu' is not supported"),
         ({"norm_eps": 0.0}, r"norm_eps=0.0: expected a number in \(0, 1\)"),
@@ -521,7 +535,7 @@ def test_impossible_configs(change: dict[str, Any], sentence: str) -> None:
     ],
 )
 def test_values_of_the_wrong_kind(name: str, change: dict[str, Any], tmp_path: Path) -> None:
-    reference(name).save_pretrained(tmp_path)
+    diffusers_network(name).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError, match=r"config\.json"):
@@ -543,7 +557,8 @@ def test_impossible_configs_of_pixart_alone() -> None:
                 "cross_attention_dim": 16,
                 "use_additional_conditions": True,
             },
-            "use_additional_conditions with a width of 16: height, width and aspect need a third of it each",
+            "use_additional_conditions with a width of 16: height, width and aspect need a third "
+            "of it each",
         ),
     ):
         with pytest.raises(UserError, match=sentence):

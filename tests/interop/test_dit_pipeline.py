@@ -1,5 +1,6 @@
-"""DiTPipeline beside ours: the same folder, classes, seeds and steps give the same pictures, to
-1e-3 of white in float32.
+"""Parity with DiTPipeline.
+
+The same folder, classes, seeds and steps give the same images, to 1e-3 of white in float32.
 """
 
 import json
@@ -27,9 +28,10 @@ LABELS = {
 }
 
 
-def reference(**shape: Any) -> Any:
-    """A small random DiTPipeline. DiT's own has a thousand classes: that the next is none is
-    written into it.
+def diffusers_pipeline(**shape: Any) -> Any:
+    """A small random DiTPipeline.
+
+    DiT's own has a thousand classes: that the next is none is written into it.
     """
     shape = {
         "num_attention_heads": 3,
@@ -63,64 +65,64 @@ def labelled(folder: Path, labels: Any = None) -> Path:
     return folder
 
 
-def same(actual: Any, pipe: Any, **options: Any) -> None:
+def same(model: Any, pipe: Any, **options: Any) -> None:
     """With and without guidance, and by the model's defaults."""
     prompts, classes = ["tench", "Carassius auratus", "7", "517"], [0, 1, 7, 517]
     for guidance in (4.0, 1.0, 1.5):
         expected = pipeline_images(pipe, classes, guidance_scale=guidance, num_inference_steps=5)
-        result = actual.generate(prompts, guidance=guidance, steps=5, output="tensor")
+        result = model.generate(prompts, guidance=guidance, steps=5, output="tensor")
         assert expected.shape == (4, 3, 16, 16) and (expected[0] - expected[1]).abs().max() > 0.05
         assert_same_images(result, expected)
     expected = pipeline_images(pipe, classes[:2])
-    assert (actual.generate(prompts[:2], output="tensor") - expected).abs().max() < 1e-3
+    assert (model.generate(prompts[:2], output="tensor") - expected).abs().max() < 1e-3
     assert (
-        actual.generate(prompts[:2], guidance=1, output="tensor") - expected
+        model.generate(prompts[:2], guidance=1, output="tensor") - expected
     ).abs().max() > 0.01, "guidance shows"
 
 
-def test_what_diffusers_saved(tmp_path: Path) -> None:
-    pipe = reference()
+def test_folders_of_diffusers_open(tmp_path: Path) -> None:
+    pipe = diffusers_pipeline()
     pipe.save_pretrained(tmp_path)
-    actual = load(labelled(tmp_path))
-    assert (actual.defaults.steps, actual.defaults.guidance, actual.defaults.sampler) == (
+    model = load(labelled(tmp_path))
+    assert (model.defaults.steps, model.defaults.guidance, model.defaults.sampler) == (
         50,
         4.0,
         "ddim",
     )
-    assert len(actual.class_names) == 1000 and actual.class_names[:2] == (
+    assert len(model.class_names) == 1000 and model.class_names[:2] == (
         "tench, Tinca tinca",
         LABELS["1"],
     )
-    assert (actual.class_names[7], actual.class_names[134], actual.class_names[517]) == (
+    assert (model.class_names[7], model.class_names[134], model.class_names[517]) == (
         "7",
         "crane (134)",
         "crane (517)",
     )
-    same(actual, pipe)
+    same(model, pipe)
 
 
-def test_what_we_save(tmp_path: Path) -> None:
-    reference().save_pretrained(tmp_path / "diffusers")
-    actual = load(labelled(tmp_path / "diffusers"))
-    actual.save(tmp_path / "sfumato")
+def test_saved_folders_open_in_diffusers(tmp_path: Path) -> None:
+    diffusers_pipeline().save_pretrained(tmp_path / "diffusers")
+    model = load(labelled(tmp_path / "diffusers"))
+    model.save(tmp_path / "sfumato")
     again = load(tmp_path / "sfumato")
     assert (
-        again.hash == actual.hash
-        and again.defaults == actual.defaults
-        and again.conditioner == actual.conditioner
+        again.hash == model.hash
+        and again.defaults == model.defaults
+        and again.conditioner == model.conditioner
     )
     pipe = open_pipeline(tmp_path / "sfumato")
     assert type(pipe).__name__ == "DiTPipeline" and pipe.get_label_ids(
         ["Tinca tinca", "toilet tissue"]
     ) == [0, 999]
     same(again, pipe)
-    actual.save(tmp_path / "ours.safetensors")
-    assert load(tmp_path / "ours.safetensors").hash == actual.hash
+    model.save(tmp_path / "sfumato.safetensors")
+    assert load(tmp_path / "sfumato.safetensors").hash == model.hash
 
 
 def test_folders_of_the_first_class(tmp_path: Path) -> None:
     """facebook/DiT-XL-2-256 names Transformer2DModel, and has pickled weights or safetensors."""
-    pipe = reference()
+    pipe = diffusers_pipeline()
     pipe.save_pretrained(tmp_path)
     for file, change in (
         ("model_index.json", {"transformer": ["diffusers", "Transformer2DModel"]}),
@@ -141,33 +143,33 @@ def test_folders_of_the_first_class(tmp_path: Path) -> None:
 
 
 def test_another_scheduler(tmp_path: Path) -> None:
-    """The sampler of the folder is the run's, also after we saved it."""
-    pipe = reference()
+    """The run uses the sampler of the folder's scheduler, also after the model was saved."""
+    pipe = diffusers_pipeline()
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.save_pretrained(tmp_path / "diffusers")
     expected = pipeline_images(pipe, [3, 5], num_inference_steps=10)
-    actual = load(tmp_path / "diffusers")
-    actual.save(tmp_path / "sfumato")
+    model = load(tmp_path / "diffusers")
+    model.save(tmp_path / "sfumato")
     again = open_pipeline(tmp_path / "sfumato", "DiTPipeline")
     assert (pipeline_images(again, [3, 5], num_inference_steps=10) - expected).abs().max() < 1e-3
-    for model in (actual, load(tmp_path / "sfumato")):
-        assert (model.generate(["3", "5"], steps=10, output="tensor") - expected).abs().max() < 1e-3
+    for each in (model, load(tmp_path / "sfumato")):
+        assert (each.generate(["3", "5"], steps=10, output="tensor") - expected).abs().max() < 1e-3
 
 
 def test_other_sizes(tmp_path: Path) -> None:
     """diffusers' DiT draws squares of one size only."""
-    reference().save_pretrained(tmp_path)
-    actual = load(tmp_path)
-    picture = actual.generate("3", steps=2, height=18, width=33, output="tensor")
+    diffusers_pipeline().save_pretrained(tmp_path)
+    model = load(tmp_path)
+    picture = model.generate("3", steps=2, height=18, width=33, output="tensor")
     assert picture.shape == (1, 3, 18, 33) and torch.isfinite(picture).all()
-    together = actual.generate(["3", "4", None], steps=2, height=18, width=33, output="tensor")
+    together = model.generate(["3", "4", None], steps=2, height=18, width=33, output="tensor")
     assert torch.equal(together[:1], picture), "a picture of a batch is the one that it is alone"
 
 
 def test_other_numbers_of_classes_are_not_for_their_pipeline(tmp_path: Path) -> None:
-    """It takes class 1000 for none, whatever the table: such models are saved as ours."""
-    reference().save_pretrained(tmp_path / "diffusers")
-    actual = load(tmp_path / "diffusers")
+    """DiTPipeline takes class 1000 for none: such models are saved in sfumato's layout."""
+    diffusers_pipeline().save_pretrained(tmp_path / "diffusers")
+    model = load(tmp_path / "diffusers")
     network = randomised(
         DiT(
             DiTConfig(
@@ -181,11 +183,11 @@ def test_other_numbers_of_classes_are_not_for_their_pipeline(tmp_path: Path) -> 
         3,
         0.15,
     )
-    few = type(actual)(
-        actual.autoencoder,
-        Denoiser(network, actual.denoiser.process),
+    few = type(model)(
+        model.autoencoder,
+        Denoiser(network, model.denoiser.process),
         ClassLabels(("shoe, boot", "bag")),
-        actual.defaults,
+        model.defaults,
         "few",
     )
     few.save(tmp_path / "few")
@@ -213,7 +215,7 @@ def test_other_numbers_of_classes_are_not_for_their_pipeline(tmp_path: Path) -> 
     ],
 )
 def test_labels_that_are_none(labels: Any, sentence: str, tmp_path: Path) -> None:
-    reference(num_layers=1).save_pretrained(tmp_path)
+    diffusers_pipeline(num_layers=1).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=sentence) as refused:
         load(labelled(tmp_path, labels))
     assert "model_index.json" in str(refused.value)
@@ -225,8 +227,10 @@ def test_labels_that_are_none(labels: Any, sentence: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("prompt", "label"),
     [
-        ("tench, Tinca tinca", 0), ("tench", 0), ("Tinca tinca", 0), (" TENCH ", 0), ("tinca  tinca", 0), ("0", 0), ("4", 4), ("5", 5),
-        ("sunglass", 1), ("Cardigan", 2), ("cardigan", 3), ("CARDIGAN", 3), ("crane (4)", 4), ("crane (5)", 5), ("maillot", 6),
+        ("tench, Tinca tinca", 0), ("tench", 0), ("Tinca tinca", 0), (" TENCH ", 0),
+        ("tinca  tinca", 0), ("0", 0), ("4", 4), ("5", 5),
+        ("sunglass", 1), ("Cardigan", 2), ("cardigan", 3), ("CARDIGAN", 3), ("crane (4)", 4),
+        ("crane (5)", 5), ("maillot", 6),
         ("tank suit", 7), ("9", 8), ("8", 8), (None, 10), ("", 10),
     ],
 )  # fmt: skip

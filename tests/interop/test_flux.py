@@ -1,5 +1,6 @@
-"""FLUX.1 and FLUX.2 against diffusers: the same keys and outputs, folders both ways, full sizes;
-tokens and their places are made as by its pipelines.
+"""FLUX.1 and FLUX.2 against diffusers: the same keys and outputs, folders both ways, full sizes.
+
+Tokens and their positions are computed as by its pipelines.
 """
 
 import json
@@ -77,7 +78,7 @@ SIZES = [(8, 8), (4, 10), (7, 5)]
 T = torch.tensor([1000.0, 250.0])
 
 
-def peer(name: str) -> Any:
+def peer_of(name: str) -> Any:
     """diffusers' model with weights large enough that every one of them shows."""
     kind = (
         diffusers.FluxTransformer2DModel if "FLUX.1" in name else diffusers.Flux2Transformer2DModel
@@ -85,17 +86,17 @@ def peer(name: str) -> Any:
     return random_network(lambda: kind(**FLUX[name]))
 
 
-def actual(name: str) -> Any:
-    """The same weights in our network, without a file between."""
+def network_of(name: str) -> Any:
+    """A network of sfumato with the weights of `peer_of`, without a file between."""
     network_class, config_class = registered()[
         "FluxTransformer2DModel" if "FLUX.1" in name else "Flux2Transformer2DModel"
     ]
     network = network_class(config_class(**FLUX[name]))
-    network.load_state_dict(peer(name).state_dict())
+    network.load_state_dict(peer_of(name).state_dict())
     return network.eval().requires_grad_(False)
 
 
-def options(
+def inputs(
     network: Any,
     size: tuple[int, int],
     count: int = 2,
@@ -120,7 +121,7 @@ def options(
 def answer(
     model: Any, x: Tensor, t: Tensor, cond: Conditioning, control: tuple[Any, Any] = (None, None)
 ) -> Tensor:
-    """What diffusers' pipelines would make of x."""
+    """The prediction of diffusers' pipelines for x."""
     return (_flux if isinstance(model, diffusers.FluxTransformer2DModel) else _flux2)(
         model, x, t, cond, control
     )
@@ -195,14 +196,14 @@ def _flux2(
 @pytest.mark.parametrize("name", FLUX)
 @torch.inference_mode()
 def test_parity_in_both_directions_through_folders(name: str, tmp_path: Path) -> None:
-    reference = peer(name)
-    reference.save_pretrained(tmp_path / "diffusers")
+    peer = peer_of(name)
+    peer.save_pretrained(tmp_path / "diffusers")
     network: Any = load_part(tmp_path / "diffusers")
     assert {k: v.shape for k, v in network.state_dict().items()} == {
-        k: v.shape for k, v in reference.state_dict().items()
+        k: v.shape for k, v in peer.state_dict().items()
     }
     save_part(tmp_path / "sfumato", network)
-    back, notes = type(reference).from_pretrained(tmp_path / "sfumato", output_loading_info=True)
+    back, notes = type(peer).from_pretrained(tmp_path / "sfumato", output_loading_info=True)
     assert not any(notes.values()), notes
     read, written = (
         json.loads((tmp_path / folder / "config.json").read_text())
@@ -210,8 +211,8 @@ def test_parity_in_both_directions_through_folders(name: str, tmp_path: Path) ->
     )
     assert {k: v for k, v in written.items() if k != "_diffusers_version"} == read
     for size in SIZES:
-        x, cond = options(network, size)
-        y = answer(reference, x, T, cond)
+        x, cond = inputs(network, size)
+        y = answer(peer, x, T, cond)
         assert_close(network(x, T, cond), y)
         assert torch.equal(answer(back, x, T, cond), y)
 
@@ -219,17 +220,18 @@ def test_parity_in_both_directions_through_folders(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", [n for n in FLUX if "fill" not in n and "depth" not in n])
 @torch.inference_mode()
 def test_references(name: str) -> None:
-    """Other sizes than x, smaller and larger; FLUX.1 reads one, FLUX.2 several. They count, and so
-    does their order.
+    """Other sizes than x, smaller and larger; FLUX.1 reads one, FLUX.2 several.
+
+    They change the output, and so does their order.
     """
-    network, reference = actual(name), peer(name)
+    network, peer = network_of(name), peer_of(name)
     for references in [((4, 6),), ((9, 7),), ((4, 6), (3, 9), (4, 6))]:
         if len(references) > 1 and "FLUX.1" in name:
             continue
-        x, cond = options(network, (6, 4), references=references)
+        x, cond = inputs(network, (6, 4), references=references)
         y = network(x, T, cond)
-        assert_close(y, answer(reference, x, T, cond))
-        without = network(x, T, options(network, (6, 4))[1])
+        assert_close(y, answer(peer, x, T, cond))
+        without = network(x, T, inputs(network, (6, 4))[1])
         assert float((y - without).abs().max()) > 1e-3
         if len(references) > 1:
             pictures = cond.references or ()
@@ -243,22 +245,22 @@ def test_references(name: str) -> None:
 @torch.inference_mode()
 def test_many_tokens_and_one_image(name: str) -> None:
     """More tokens than go through a feed-forward layer at a time."""
-    network, reference = actual(name), peer(name)
+    network, peer = network_of(name), peer_of(name)
     size = (60, 80) if "FLUX.1" in name else (30, 40)
     for count in (1, 2):
-        x, cond = options(network, size, count)
-        assert_close(network(x, T[:count], cond), answer(reference, x, T[:count], cond))
+        x, cond = inputs(network, size, count)
+        assert_close(network(x, T[:count], cond), answer(peer, x, T[:count], cond))
 
 
 @torch.inference_mode()
 def test_residuals_of_a_controlnet() -> None:
     name = "FLUX.1 dev"
-    network, reference = actual(name), peer(name)
-    x, cond = options(network, (4, 6))
+    network, peer = network_of(name), peer_of(name)
+    x, cond = inputs(network, (4, 6))
     maps = [normal(2, 6, 32, seed=k) for k in range(4)]
-    for inputs, reference_too in [(maps, (maps[:2], maps[2:])), (maps[:2], (maps[:2], None))]:
-        y = network(x, T, Conditioning(cond.tokens, vector=cond.vector, residuals=tuple(inputs)))
-        assert_close(y, answer(reference, x, T, cond, reference_too))
+    for residuals, pair in [(maps, (maps[:2], maps[2:])), (maps[:2], (maps[:2], None))]:
+        y = network(x, T, Conditioning(cond.tokens, vector=cond.vector, residuals=tuple(residuals)))
+        assert_close(y, answer(peer, x, T, cond, pair))
     with_reference = Conditioning(
         cond.tokens, vector=cond.vector, residuals=tuple(maps), references=(normal(2, 4, 4, 4),)
     )
@@ -277,8 +279,9 @@ def test_patches_are_pixel_unshuffled(patch: int) -> None:
 
 @torch.inference_mode()
 def test_the_latent_is_the_autoencoders() -> None:
-    """What AutoencoderKLFlux2 gives is what diffusers' pipeline gives its transformer, and comes
-    back as it went in.
+    """The latents of AutoencoderKLFlux2 are those of the transformer in diffusers' pipeline.
+
+    They are decoded unchanged.
     """
     from sfumato.compress.kl_flux2 import AutoencoderKLFlux2, KLFlux2Config
 
@@ -349,12 +352,12 @@ def test_full_sizes(name: str) -> None:
     )
     network_class, config_class = registered()[kind.__name__]
     with torch.device("meta"):
-        reference, network = (
+        peer, network = (
             kind(**values),
             network_class(config_class.from_dict(json.loads(json.dumps(values)))),
         )
     shapes = {k: v.shape for k, v in network.state_dict().items()}
-    assert shapes == {k: v.shape for k, v in reference.state_dict().items()}
+    assert shapes == {k: v.shape for k, v in peer.state_dict().items()}
     count = sum(shape.numel() for shape in shapes.values())
     assert abs(count - published) <= tolerance * published, f"{count:,}"
     assert network.channels == (16 if "FLUX.1" in name else 128)
@@ -390,11 +393,12 @@ def test_full_sizes_run_on_the_meta_device(name: str) -> None:
 @pytest.mark.parametrize("name", ["FLUX.1 dev", "FLUX.2 klein"])
 @torch.inference_mode()
 def test_masks_hide_text(name: str) -> None:
-    """Of two texts, one is shorter: what stands behind its end does not matter, and it is as if
-    nothing stood there.
+    """One text of two is shorter: the tokens behind its end do not matter.
+
+    The output is that of the text alone.
     """
-    network = actual(name)
-    x, cond = options(network, (6, 8), references=((4, 4),))
+    network = network_of(name)
+    x, cond = inputs(network, (6, 8), references=((4, 4),))
     mask = torch.arange(LENGTH) < torch.tensor([[LENGTH], [4]])
     masked = Conditioning(cond.tokens, mask=mask, vector=cond.vector, references=cond.references)
     y = network(x, T, masked)
@@ -419,10 +423,10 @@ def test_masks_hide_text(name: str) -> None:
 )
 @torch.inference_mode()
 def test_bits_do_not_depend_on_the_batch(name: str) -> None:
-    count, network = 18, actual(name)
+    count, network = 18, network_of(name)
     for size in [(7, 9), (6, 4)]:
         references = () if network.in_channels > network.channels else ((3, 5),)
-        x, cond = options(network, size, count, references)
+        x, cond = inputs(network, size, count, references)
         mask = (normal(count, LENGTH, seed=9) > -0.5) | (torch.arange(LENGTH) == 0)
         cond = Conditioning(cond.tokens, mask, cond.vector, cond.concat, references=cond.references)
         t = torch.linspace(1000.0, 1.0, count)
@@ -437,8 +441,8 @@ def test_bits_do_not_depend_on_the_batch(name: str) -> None:
 @pytest.mark.parametrize("name", ["FLUX.1 dev", "FLUX.2 dev"])
 @torch.inference_mode()
 def test_bits_with_many_tokens(name: str) -> None:
-    network = actual(name)
-    x, cond = options(network, (62, 70) if "FLUX.1" in name else (31, 35), 3)
+    network = network_of(name)
+    x, cond = inputs(network, (62, 70) if "FLUX.1" in name else (31, 35), 3)
     t = torch.tensor([900.0, 500.0, 20.0])
     together = network(x, t, cond)
     for i in range(3):
@@ -453,8 +457,8 @@ def test_bits_with_many_tokens(name: str) -> None:
 @pytest.mark.parametrize("name", ["FLUX.1 dev", "FLUX.2 dev"])
 @torch.inference_mode()
 def test_prepared_for_inference(name: str) -> None:
-    network = actual(name)
-    x, cond = options(network, (6, 8))
+    network = network_of(name)
+    x, cond = inputs(network, (6, 8))
     assert can_prepack(network)
     assert_close(prepack(network)(x, T, cond), network(x, T, cond), 1e-5)
 
@@ -463,8 +467,8 @@ def test_prepared_for_inference(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.inference_mode()
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
-    network = actual(name)
-    x, cond = options(network, (6, 8))
+    network = network_of(name)
+    x, cond = inputs(network, (6, 8))
     y, half = network(x, T, cond), network.to(dtype)(x.to(dtype), T, cond.to(dtype=dtype))
     assert half.dtype == dtype
     assert float((half.float() - y).norm() / y.norm()) < (0.03 if dtype == torch.bfloat16 else 0.01)
@@ -481,8 +485,8 @@ def test_float16_stays_finite() -> None:
 
 @pytest.mark.parametrize("name", FLUX)
 def test_every_weight_gets_a_gradient(name: str) -> None:
-    network = actual(name).requires_grad_(True).train()
-    x, cond = options(
+    network = network_of(name).requires_grad_(True).train()
+    x, cond = inputs(
         network, (5, 4), references=() if network.in_channels > network.channels else ((3, 3),)
     )
     y = network(x, T, cond)
@@ -494,7 +498,7 @@ def test_every_weight_gets_a_gradient(name: str) -> None:
         for k, p in network.named_parameters()
         if p.grad is None or not float(p.grad.abs().max()) > 0
     ]
-    # The last double block's text is read by nobody where no single block follows.
+    # The last double block's text has no reader where no single block follows.
     if network.config.num_single_layers == 0:
         last = f"transformer_blocks.{network.config.num_layers - 1}."
         none = [
@@ -522,8 +526,8 @@ def test_positions_are_cached_and_no_part_of_the_weights() -> None:
 
 def test_exported() -> None:
     """A program of it holds no places of its own, and leaves none behind."""
-    network = actual("FLUX.2 dev")
-    x, cond = options(network, (6, 4))
+    network = network_of("FLUX.2 dev")
+    x, cond = inputs(network, (6, 4))
 
     class Bare(torch.nn.Module):
         def __init__(self) -> None:
@@ -533,11 +537,11 @@ def test_exported() -> None:
         def forward(self, x: Tensor, t: Tensor, tokens: Tensor, vector: Tensor) -> Tensor:
             return self.network(x, t, Conditioning(tokens, vector=vector))
 
-    inputs = (x, T, cond.tokens, cond.vector)
+    arguments = (x, T, cond.tokens, cond.vector)
     _flux_base._cached_rope.cache_clear()
     with torch.no_grad():
-        program = torch.export.export(Bare(), inputs, strict=False)
-        assert_close(program.module()(*inputs), network(x, T, cond))
+        program = torch.export.export(Bare(), arguments, strict=False)
+        assert_close(program.module()(*arguments), network(x, T, cond))
 
 
 COMPILED = """
@@ -547,14 +551,19 @@ from sfumato.predict.networks.flux2 import Flux2Config, Flux2Transformer
 from sfumato.types import Conditioning
 
 torch.manual_seed(0)
-small = dict(attention_head_dim=16, num_attention_heads=2, joint_attention_dim=12, in_channels=8, num_layers=1, num_single_layers=1)
-network = Flux2Transformer(Flux2Config(**small, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False)).eval()
-x, t, cond = torch.randn(2, 8, 6, 4), torch.tensor([10.0, 900.0]), Conditioning(torch.randn(2, 5, 12), references=(torch.randn(2, 8, 3, 3),))
+config = Flux2Config(
+    attention_head_dim=16, num_attention_heads=2, joint_attention_dim=12, in_channels=8,
+    num_layers=1, num_single_layers=1, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+)
+network = Flux2Transformer(config).eval()
+x, t = torch.randn(2, 8, 6, 4), torch.tensor([10.0, 900.0])
+cond = Conditioning(torch.randn(2, 5, 12), references=(torch.randn(2, 8, 3, 3),))
 with torch.no_grad():
-    found = torch.compile(network, backend="eager", fullgraph=True)(x, t, cond)
-    assert _flux_base._cached_rope.cache_info().currsize == 0, "nothing of the compiler's is remembered"
+    result = torch.compile(network, backend="eager", fullgraph=True)(x, t, cond)
+    assert _flux_base._cached_rope.cache_info().currsize == 0, "the compiler's rows are cached"
     expected = network(x, t, cond)
-assert (found - expected).abs().max() < 1e-5 * expected.abs().max(), (found - expected).abs().max()
+error = (result - expected).abs().max()
+assert error < 1e-5 * expected.abs().max(), error
 """
 
 
@@ -565,7 +574,7 @@ def test_one_graph_for_compilers() -> None:
     run_python("-c", COMPILED)
 
 
-# ---- what is refused -----------------------------------------------------------------------------
+# ---- refused inputs ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -607,8 +616,8 @@ def test_flux2_configs_are_refused(field: str, value: float) -> None:
 
 @pytest.mark.parametrize("name", ["FLUX.1 dev", "FLUX.2 dev"])
 def test_missing_doors_are_refused(name: str) -> None:
-    network = actual(name)
-    x, cond = options(network, (4, 4))
+    network = network_of(name)
+    x, cond = inputs(network, (4, 4))
     tokens, vector = cond.tokens, cond.vector
     assert tokens is not None and vector is not None
     wrong = [
@@ -625,10 +634,10 @@ def test_missing_doors_are_refused(name: str) -> None:
     masked = Conditioning(tokens, vector=vector)
     # the test run would check the shape here already
     object.__setattr__(masked, "mask", torch.ones(2, 3, dtype=torch.bool))
-    for inputs, message in [*wrong, (masked, "mask")]:
+    for conditioning, message in [*wrong, (masked, "mask")]:
         with pytest.raises(UserError, match=message) as result:
-            network(x, T, inputs)
+            network(x, T, conditioning)
         assert str(result.value).count("\n") == 0
-    fill = actual("FLUX.1 fill")
+    fill = network_of("FLUX.1 fill")
     with pytest.raises(UserError, match="takes 24 channels"):
-        fill(normal(2, 4, 4, 4), T, Conditioning(tokens, vector=options(fill, (4, 4))[1].vector))
+        fill(normal(2, 4, 4, 4), T, Conditioning(tokens, vector=inputs(fill, (4, 4))[1].vector))

@@ -1,9 +1,9 @@
-"""diffusers' pipelines of FLUX.2 beside ours, with small random networks: the same folder, words,
-pictures and noise give the same pictures.
+"""Parity with diffusers' pipelines of FLUX.2, with small random networks.
 
-Flux2Pipeline (Mistral, learned guidance) and Flux2KleinPipeline (Qwen; with guidance by two passes,
-or distilled), drawing from words alone and reading pictures. All is float32; pictures are compared
-in [0, 1]. What we save opens in diffusers with the same tensors under the same names.
+The same folder, prompts, images and noise give the same images: Flux2Pipeline (Mistral, learned
+guidance) and Flux2KleinPipeline (Qwen; with guidance by two passes, or distilled), from prompts
+alone and with reference images. All is float32; images are compared in [0, 1]. Saved models open in
+diffusers with the same tensors under the same names.
 """
 
 import json
@@ -63,7 +63,7 @@ def autoencoder() -> Any:
     return vae
 
 
-def reference(kind: str, scratch: Path) -> Any:
+def diffusers_pipeline(kind: str, scratch: Path) -> Any:
     numbers = {
         "in_channels": 32,
         "num_layers": 1,
@@ -93,7 +93,9 @@ def reference(kind: str, scratch: Path) -> Any:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_pipelines(
-        lambda kind: reference(kind, tmp_path_factory.mktemp("scratch")), KINDS, tmp_path_factory
+        lambda kind: diffusers_pipeline(kind, tmp_path_factory.mktemp("scratch")),
+        KINDS,
+        tmp_path_factory,
     )
 
 
@@ -207,8 +209,9 @@ def test_another_negative_prompt(folders: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("kind", ["dev", "klein"])
 def test_streamed(kind: str, folders: dict[str, Path]) -> None:
-    """The networks' weights read from the files as they are needed: the same pictures to the last
-    bit.
+    """The networks' weights are read from the files when they are needed.
+
+    The images are the same, bit for bit.
     """
     whole, streamed = load(folders[kind]), load(folders[kind], memory="64GB")
     request = edit(whole, photo(), Request(PROMPTS, steps=2, height=32, width=32))
@@ -218,7 +221,7 @@ def test_streamed(kind: str, folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [1, 2])
 def test_pictures_that_are_read(kind: str, count: int, folders: dict[str, Path]) -> None:
-    """One picture and two, of another size than what is drawn."""
+    """One reference image and two, of another size than the generated image."""
     pipe, model = open_pipeline(folders[kind]), load(folders[kind])
     read = [photo(5), photo(6, 80, 64)][:count]
     options: dict[str, Any] = {"height": 48, "width": 32}
@@ -233,7 +236,7 @@ def test_pictures_that_are_read(kind: str, count: int, folders: dict[str, Path])
 
 
 def test_a_picture_that_is_not_of_whole_tokens(folders: dict[str, Path]) -> None:
-    """What is too much at the sides is left out; what is drawn has the size that is left."""
+    """The image is cut to whole tokens at its sides; the generated image has the same size."""
     pipe, model = open_pipeline(folders["distilled"]), load(folders["distilled"])
     read = photo(7, 75, 109)
     expected = pictures(pipe, image=read, num_inference_steps=2)
@@ -244,8 +247,9 @@ def test_a_picture_that_is_not_of_whole_tokens(folders: dict[str, Path]) -> None
 def test_pictures_that_are_too_large(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Made smaller as theirs are, but for the filter (Lanczos there, bicubic here), and then cut; a
-    tiny one is drawn out to a token.
+    """They are reduced as by diffusers, then cut; a tiny one is enlarged to a token.
+
+    The filter differs: Lanczos in diffusers, bicubic in sfumato.
     """
     from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 
@@ -268,7 +272,9 @@ def test_pictures_that_are_too_large(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_we_save(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_saved_folders_open_in_diffusers(
+    kind: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     """The same class, the same tensors under the same names, and the same pictures."""
     model = load(folders[kind])
     model.save(tmp_path / "sfumato")
@@ -284,9 +290,9 @@ def test_what_we_save(kind: str, folders: dict[str, Path], tmp_path: Path) -> No
     )
     assert pipe.config.get("is_distilled") == before.config.get("is_distilled")
     for name in PARTS:
-        actual, published = (getattr(which, name).state_dict() for which in (pipe, before))
-        assert actual.keys() == published.keys() and all(
-            torch.equal(actual[key], published[key]) for key in actual
+        written, published = (getattr(which, name).state_dict() for which in (pipe, before))
+        assert written.keys() == published.keys() and all(
+            torch.equal(written[key], published[key]) for key in written
         ), name
     assert pipe.scheduler.config["use_dynamic_shifting"]
     index = json.loads((tmp_path / "sfumato" / "model_index.json").read_text())

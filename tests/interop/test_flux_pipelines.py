@@ -1,9 +1,9 @@
-"""diffusers' pipelines of FLUX.1 beside ours, with small random networks: the same folder, words
-and noise give the same pictures.
+"""Parity with diffusers' pipelines of FLUX.1, with small random networks.
 
-FluxPipeline (dev and schnell), FluxImg2ImgPipeline, FluxInpaintPipeline, FluxFillPipeline,
-FluxControlPipeline, FluxKontextPipeline. All is float32; pictures are compared in [0, 1]. What we
-save opens in diffusers with the same tensors under the same names.
+The same folder, prompts and noise give the same images: FluxPipeline (dev and schnell),
+FluxImg2ImgPipeline, FluxInpaintPipeline, FluxFillPipeline, FluxControlPipeline,
+FluxKontextPipeline. All is float32; images are compared in [0, 1]. Saved models open in diffusers
+with the same tensors under the same names.
 """
 
 import json
@@ -54,7 +54,7 @@ PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 PROMPTS = ["a red cat", "two dogs, 3 cats"]
 SIZE = {"height": 32, "width": 48}
 FEW: dict[str, Any] = {"max_sequence_length": 256}
-"""What schnell was trained with; diffusers' pipelines have to be told."""
+"""Settings that schnell was trained with; diffusers' pipelines take them as arguments."""
 
 
 @cache
@@ -82,7 +82,7 @@ def parts() -> dict[str, Any]:
     return {"vae": vae}
 
 
-def reference(kind: str, scratch: Path) -> Any:
+def diffusers_pipeline(kind: str, scratch: Path) -> Any:
     name, extra, guided = NAMES[kind]
     numbers = {
         "in_channels": 4 * (16 + extra),
@@ -119,7 +119,9 @@ def reference(kind: str, scratch: Path) -> Any:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_pipelines(
-        lambda kind: reference(kind, tmp_path_factory.mktemp("scratch")), NAMES, tmp_path_factory
+        lambda kind: diffusers_pipeline(kind, tmp_path_factory.mktemp("scratch")),
+        NAMES,
+        tmp_path_factory,
     )
 
 
@@ -127,8 +129,8 @@ photo = partial(smooth_image, **SIZE)
 compare = partial(assert_same_images, tolerance=1e-4, contrast=0.02)
 
 
-def pictures(pipe: Any, count: int = 2, **requested: Any) -> Tensor:
-    return pipeline_images(pipe, n=count, **({"prompt": PROMPTS[:count]} | requested))
+def pictures(pipe: Any, count: int = 2, **options: Any) -> Tensor:
+    return pipeline_images(pipe, n=count, **({"prompt": PROMPTS[:count]} | options))
 
 
 def twice(picture: Tensor) -> Tensor:
@@ -146,8 +148,9 @@ def hole() -> Tensor:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """model_index.json without the words of who wrote it; a T5TokenizerFast is transformers'
-    T5Tokenizer.
+    """model_index.json without the names of versions.
+
+    A T5TokenizerFast is transformers' T5Tokenizer.
     """
     text = (folder / "model_index.json").read_text().replace("T5TokenizerFast", "T5Tokenizer")
     return {
@@ -159,12 +162,13 @@ def read_index(folder: Path) -> dict[str, Any]:
 def test_convert_keeps_the_pipeline(
     kind: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """diffusers' folder -> file -> folder: the same pipeline, run in the same way; what sfumato
-    saved goes the same way.
+    """A folder of diffusers becomes a file and a folder again: the same pipeline and run.
+
+    So does a folder that sfumato saved.
     """
-    target = load(folders[kind])
-    target.save(tmp_path / "saved.safetensors")
-    target.save(tmp_path / "saved")
+    expected = load(folders[kind])
+    expected.save(tmp_path / "saved.safetensors")
+    expected.save(tmp_path / "saved")
     index = read_index(folders[kind])
     for k, source in enumerate((folders[kind], tmp_path / "saved.safetensors", tmp_path / "saved")):
         file, folder = tmp_path / f"{k}.safetensors", tmp_path / str(k)
@@ -173,7 +177,10 @@ def test_convert_keeps_the_pipeline(
             and main(["convert", str(file), str(folder)]) == 0
         ), capsys.readouterr().err
         for model in (load(file), load(folder)):
-            assert (model.hash, model.defaults) == (target.hash, target.defaults), (kind, source)
+            assert (model.hash, model.defaults) == (expected.hash, expected.defaults), (
+                kind,
+                source,
+            )
         assert (
             read_index(folder) == index and type(open_pipeline(folder)).__name__ == NAMES[kind][0]
         )
@@ -191,7 +198,7 @@ def test_defaults(kind: str, steps: int, folders: dict[str, Path], tmp_path: Pat
     """
     model = load(folders[kind])
     defaults = model.defaults
-    assert model.sample_size == reference(kind, tmp_path).default_sample_size * 8 == 1024
+    assert model.sample_size == diffusers_pipeline(kind, tmp_path).default_sample_size * 8 == 1024
     assert (defaults.steps, defaults.sampler, defaults.guidance) == (steps, "euler", 1.0)
     assert defaults.spacing == ("trailing" if kind == "schnell" else "dynamic")
     assert defaults.max_reference_images == (1 if kind == "kontext" else 0)
@@ -202,21 +209,22 @@ def test_defaults(kind: str, steps: int, folders: dict[str, Path], tmp_path: Pat
 @pytest.mark.parametrize("size", [(32, 48), (64, 32)])
 def test_text_to_image(kind: str, size: tuple[int, int], folders: dict[str, Path]) -> None:
     pipe, model = open_pipeline(folders[kind]), load(folders[kind])
-    requested: dict[str, Any] = {"height": size[0], "width": size[1]}
-    reference = requested | (FEW if kind == "schnell" else {})
+    options: dict[str, Any] = {"height": size[0], "width": size[1]}
+    arguments = options | (FEW if kind == "schnell" else {})
     compare(
-        model.generate(PROMPTS, steps=3, output="tensor", **requested),
-        pictures(pipe, num_inference_steps=3, **reference),
+        model.generate(PROMPTS, steps=3, output="tensor", **options),
+        pictures(pipe, num_inference_steps=3, **arguments),
     )
     compare(
-        model.generate("a cat", steps=2, output="tensor", **requested),
-        pictures(pipe, 1, prompt="a cat", num_inference_steps=2, **reference),
+        model.generate("a cat", steps=2, output="tensor", **options),
+        pictures(pipe, 1, prompt="a cat", num_inference_steps=2, **arguments),
     )
 
 
 def test_learned_guidance_and_a_second_pass(folders: dict[str, Path]) -> None:
-    """A bare number is what the network is told; with `distilled_guidance` beside it, it is the
-    scale of two passes (their true CFG).
+    """A single `guidance` is the network's input.
+
+    Beside `distilled_guidance` it is the scale of two passes (diffusers' true_cfg_scale).
     """
     pipe, model = open_pipeline(folders["dev"]), load(folders["dev"])
     plain = pictures(pipe, num_inference_steps=3, guidance_scale=7.0, **SIZE)
@@ -261,10 +269,11 @@ def test_a_second_prompt(folders: dict[str, Path]) -> None:
 
 
 def test_streamed(folders: dict[str, Path]) -> None:
-    """The networks' weights read from the files as they are needed: the same pictures to the last
-    bit.
+    """The networks' weights are read from the files when they are needed.
+
+    The images are the same, bit for bit.
     """
-    requested: dict[str, Any] = {
+    options: dict[str, Any] = {
         "steps": 2,
         "guidance": 2.0,
         "distilled_guidance": 3.0,
@@ -273,38 +282,39 @@ def test_streamed(folders: dict[str, Path]) -> None:
         **SIZE,
     }
     whole, streamed = load(folders["dev"]), load(folders["dev"], memory="64GB")
-    assert torch.equal(
-        streamed.generate(PROMPTS, **requested), whole.generate(PROMPTS, **requested)
-    )
+    assert torch.equal(streamed.generate(PROMPTS, **options), whole.generate(PROMPTS, **options))
 
 
 # ---- with pictures -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("kind", "strength", "actual"),
+    ("kind", "strength", "sfumato_strength"),
     [("dev", 0.5, 0.5), ("dev", 1.0, 1.0), ("dev", 0.6, 0.75), ("schnell", 0.75, 0.75)],
 )
 def test_image_to_image(
-    kind: str, strength: float, actual: float, folders: dict[str, Path]
+    kind: str, strength: float, sfumato_strength: float, folders: dict[str, Path]
 ) -> None:
-    """Where the strength is no whole number of steps we round down, and they up: 0.6 of four are
-    three.
+    """A strength of no whole number of steps is rounded down by sfumato, up by diffusers.
+
+    0.6 of four steps are three in diffusers.
     """
     pipe, model = open_pipeline(folders[kind], "FluxImg2ImgPipeline"), load(folders[kind])
-    requested = SIZE | (FEW if kind == "schnell" else {})
+    options = SIZE | (FEW if kind == "schnell" else {})
     expected = pictures(
         pipe,
         image=twice(photo()),
         strength=strength,
         num_inference_steps=4,
         guidance_scale=3.5,
-        **requested,
+        **options,
     )
     request = Request(PROMPTS, steps=4)
     compare(
         model.run(
-            image_to_image(model, photo() * 2 - 1, request, strength=actual, posterior="sample"),
+            image_to_image(
+                model, photo() * 2 - 1, request, strength=sfumato_strength, posterior="sample"
+            ),
             output="tensor",
         ),
         expected,
@@ -314,13 +324,13 @@ def test_image_to_image(
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_inpainting_with_an_ordinary_model(strength: float, folders: dict[str, Path]) -> None:
     pipe, model = open_pipeline(folders["dev"], "FluxInpaintPipeline"), load(folders["dev"])
-    requested: dict[str, Any] = {
+    options: dict[str, Any] = {
         "image": twice(photo()),
         "mask_image": twice(hole()),
         "strength": strength,
         "guidance_scale": 3.5,
     }
-    expected = pictures(pipe, num_inference_steps=4, **requested, **SIZE)
+    expected = pictures(pipe, num_inference_steps=4, **options, **SIZE)
     task = {
         "strength": strength,
         "posterior": "sample",
@@ -350,9 +360,9 @@ def test_fill(folders: dict[str, Path]) -> None:
     pipe, model = open_pipeline(folders["fill"]), load(folders["fill"])
     mask = hole()
     mask[:, :, 3:9, 5:11] = 1
-    requested: dict[str, Any] = {"image": twice(photo()), "mask_image": twice(mask)}
+    options: dict[str, Any] = {"image": twice(photo()), "mask_image": twice(mask)}
     expected = pictures(
-        pipe, num_inference_steps=4, guidance_scale=10.0, strength=0.5, **requested, **SIZE
+        pipe, num_inference_steps=4, guidance_scale=10.0, strength=0.5, **options, **SIZE
     )
     compare(
         fill(
@@ -364,13 +374,14 @@ def test_fill(folders: dict[str, Path]) -> None:
         ),
         expected,
     )
-    expected = pictures(settled(pipe), num_inference_steps=3, **requested, **SIZE)
+    expected = pictures(settled(pipe), num_inference_steps=3, **options, **SIZE)
     compare(fill(model, Request(PROMPTS, steps=3), mask=mask), expected)
 
 
 def settled(pipe: Any) -> Any:
-    """The pipeline with an autoencoder that says the mean where it is asked for a sample, and draws
-    nothing for it.
+    """The pipeline with an autoencoder whose samples are its means.
+
+    It draws no noise for them.
     """
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
@@ -407,42 +418,45 @@ def test_control(folders: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("size", [(32, 48), (48, 32)])
 def test_kontext(size: tuple[int, int], folders: dict[str, Path]) -> None:
-    """A picture for both images, of another size than what is drawn; a picture for each; two
-    passes; no picture.
+    """A reference image for both images, one for each, two passes, and none.
+
+    The first has another size than the generated images.
     """
     pipe, model = open_pipeline(folders["kontext"]), load(folders["kontext"])
-    requested: dict[str, Any] = {"height": size[0], "width": size[1]}
-    inputs: dict[str, Any] = {
+    options: dict[str, Any] = {"height": size[0], "width": size[1]}
+    arguments: dict[str, Any] = {
         "image": photo(),
         "_auto_resize": False,
         "max_area": size[0] * size[1],
         "num_inference_steps": 3,
-    } | requested
-    request = Request(PROMPTS, steps=3, **requested)
+    } | options
+    request = Request(PROMPTS, steps=3, **options)
     compare(
-        model.run(edit(model, photo() * 2 - 1, request), output="tensor"), pictures(pipe, **inputs)
+        model.run(edit(model, photo() * 2 - 1, request), output="tensor"),
+        pictures(pipe, **arguments),
     )
     other = torch.cat([photo(), photo(6)])
     compare(
         model.run(edit(model, other * 2 - 1, request), output="tensor"),
-        pictures(pipe, **{**inputs, "image": other}),
+        pictures(pipe, **{**arguments, "image": other}),
     )
     expected = pictures(
-        pipe, negative_prompt=["ugly"] * 2, true_cfg_scale=2.0, guidance_scale=4.0, **inputs
+        pipe, negative_prompt=["ugly"] * 2, true_cfg_scale=2.0, guidance_scale=4.0, **arguments
     )
     request = Request(
-        PROMPTS, steps=3, guidance=2.0, distilled_guidance=4.0, negative_prompt="ugly", **requested
+        PROMPTS, steps=3, guidance=2.0, distilled_guidance=4.0, negative_prompt="ugly", **options
     )
     compare(model.run(edit(model, photo() * 2 - 1, request), output="tensor"), expected)
-    del inputs["image"]
+    del arguments["image"]
     compare(
-        model.generate(PROMPTS, steps=3, output="tensor", **requested), pictures(pipe, **inputs)
+        model.generate(PROMPTS, steps=3, output="tensor", **options), pictures(pipe, **arguments)
     )
 
 
 def test_inversion_takes_the_distilled_guidance(folders: dict[str, Path]) -> None:
-    """The noise of a picture gives the picture back, under the strength that is told in both ways;
-    two passes are off unless asked for.
+    """The noise of an image gives the image back, with the same distilled guidance.
+
+    Two passes are off unless the caller sets them.
     """
     model = load(folders["dev"])
     z = model.encode(photo() * 2 - 1)
@@ -502,7 +516,9 @@ def test_tasks_on_the_command_line(
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_what_we_save(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_saved_folders_open_in_diffusers(
+    kind: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     """The same class, the same tensors under the same names, the same configs of networks, and the
     same pictures.
     """
@@ -519,9 +535,9 @@ def test_what_we_save(kind: str, folders: dict[str, Path], tmp_path: Path) -> No
         and again.defaults == model.defaults
     )
     for name in PARTS:
-        actual, published = (getattr(which, name).state_dict() for which in (pipe, before))
-        assert actual.keys() == published.keys() and all(
-            torch.equal(actual[key], published[key]) for key in actual
+        written, published = (getattr(which, name).state_dict() for which in (pipe, before))
+        assert written.keys() == published.keys() and all(
+            torch.equal(written[key], published[key]) for key in written
         ), name
     for name in (
         "use_dynamic_shifting",
@@ -535,9 +551,9 @@ def test_what_we_save(kind: str, folders: dict[str, Path], tmp_path: Path) -> No
     assert {key for key in index if not key.startswith("_")} == {
         key for key in pipe.config if not key.startswith("_")
     }
-    requested: dict[str, Any] = {"num_inference_steps": 2, "max_sequence_length": 64, **SIZE}
-    requested |= {
+    options: dict[str, Any] = {"num_inference_steps": 2, "max_sequence_length": 64, **SIZE}
+    options |= {
         "fill": {"image": photo(), "mask_image": hole()},
         "control": {"control_image": photo() * 2 - 1},
     }.get(kind, {})
-    assert torch.equal(pictures(pipe, **requested), pictures(before, **requested))
+    assert torch.equal(pictures(pipe, **options), pictures(before, **options))

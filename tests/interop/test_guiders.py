@@ -1,8 +1,7 @@
-"""Parity with diffusers' guiders and with its perturbed attention. They are a reference here and
-nothing else.
+"""Parity with diffusers' guiders and with its perturbed attention.
 
-Their guiders combine whatever tensors they are given; ours say on which: x0 for rescale and
-project, the velocity for zero_star.
+diffusers is a reference here and nothing else. Its guiders combine any tensors; the rules of
+sfumato work on x0 (rescale, project) or on the velocity (zero_star).
 """
 
 from collections.abc import Callable
@@ -42,7 +41,7 @@ def predictions(count: int, seed: int = 0) -> tuple[Tensor, list[Prediction]]:
 
 def begun(name: str, **options: Any) -> Callable[..., Prediction]:
     join = find("predict.guidance.rules", name)(**options).begin()
-    return lambda x, inputs, w, index=0: join(x, Moment(0.5, *POINT, index), inputs, w)
+    return lambda x, pairs, w, index=0: join(x, Moment(0.5, *POINT, index), pairs, w)
 
 
 def close(actual: Tensor, reference: Tensor) -> None:
@@ -51,12 +50,12 @@ def close(actual: Tensor, reference: Tensor) -> None:
 
 @SCALES
 def test_classifier_free_guidance(w: float) -> None:
-    x, inputs = predictions(2)
-    result = begun("linear")(x, inputs, w)
+    x, pairs = predictions(2)
+    result = begun("linear")(x, pairs, w)
     guider = guiders.ClassifierFreeGuidance(guidance_scale=w)
     for actual, c, u in (
-        (result.x0, inputs[0].x0, inputs[1].x0),
-        (result.eps, inputs[0].eps, inputs[1].eps),
+        (result.x0, pairs[0].x0, pairs[1].x0),
+        (result.eps, pairs[0].eps, pairs[1].eps),
     ):
         close(actual, guider.forward(c, u).pred)
 
@@ -64,13 +63,13 @@ def test_classifier_free_guidance(w: float) -> None:
 @SCALES
 @pytest.mark.parametrize("phi", [0.3, 0.7, 1.0])
 def test_rescale(w: float, phi: float) -> None:
-    x, inputs = predictions(2)
+    x, pairs = predictions(2)
     reference = (
         guiders.ClassifierFreeGuidance(guidance_scale=w, guidance_rescale=phi)
-        .forward(inputs[0].x0, inputs[1].x0)
+        .forward(pairs[0].x0, pairs[1].x0)
         .pred
     )
-    close(begun("rescale", phi=phi)(x, inputs, w).x0, reference)
+    close(begun("rescale", phi=phi)(x, pairs, w).x0, reference)
 
 
 @SCALES
@@ -84,8 +83,9 @@ def test_rescale(w: float, phi: float) -> None:
     ],
 )
 def test_adaptive_projected_guidance(w: float, options: dict[str, float]) -> None:
-    """Over four steps, for the momentum. Theirs starts from the unconditional prediction by
-    default, ours from the conditional.
+    """Over four steps, for the momentum.
+
+    By default diffusers starts from the unconditional prediction, sfumato from the conditional.
     """
     guider = guiders.AdaptiveProjectedGuidance(
         guidance_scale=w - 1,
@@ -96,8 +96,8 @@ def test_adaptive_projected_guidance(w: float, options: dict[str, float]) -> Non
     guider.momentum_buffer = MomentumBuffer(options["momentum"]) if "momentum" in options else None
     join = begun("project", **options)
     for step in range(4):
-        x, inputs = predictions(2, seed=10 * step)
-        close(join(x, inputs, w).x0, guider.forward(inputs[0].x0, inputs[1].x0).pred)
+        x, pairs = predictions(2, seed=10 * step)
+        close(join(x, pairs, w).x0, guider.forward(pairs[0].x0, pairs[1].x0).pred)
 
 
 @SCALES
@@ -105,18 +105,19 @@ def test_zero_star(w: float) -> None:
     guider = guiders.ClassifierFreeZeroStarGuidance(guidance_scale=w, zero_init_steps=1)
     join = begun("zero_star")
     for step in range(3):
-        x, inputs = predictions(2, seed=10 * step)
+        x, pairs = predictions(2, seed=10 * step)
         guider.set_state(step, 3, torch.tensor(0))
-        result = join(x, inputs, w, index=step)
-        close(result.eps - result.x0, guider.forward(*(p.eps - p.x0 for p in inputs)).pred)
+        result = join(x, pairs, w, index=step)
+        close(result.eps - result.x0, guider.forward(*(p.eps - p.x0 for p in pairs)).pred)
 
 
 @pytest.mark.parametrize(("w", "second"), [(2.0, 3.8), (7.5, 1.5)])
 def test_away_from_two(w: float, second: float) -> None:
-    """Their perturbed-attention guider with classifier-free guidance; scales from the conditional
-    prediction, where off is 0.
+    """diffusers' perturbed-attention guider with classifier-free guidance.
+
+    Its scales count from the conditional prediction, where off is 0.
     """
-    x, inputs = predictions(3)
+    x, pairs = predictions(3)
     guider = guiders.PerturbedAttentionGuidance(
         guidance_scale=w - 1,
         perturbed_guidance_scale=second - 1,
@@ -125,17 +126,17 @@ def test_away_from_two(w: float, second: float) -> None:
     )
     guider.set_state(1, 10, torch.tensor(0))
     close(
-        begun("dual", kind="away", second=second)(x, inputs, w).x0,
-        guider.forward(*(p.x0 for p in inputs)).pred,
+        begun("dual", kind="away", second=second)(x, pairs, w).x0,
+        guider.forward(*(p.x0 for p in pairs)).pred,
     )
 
 
 @torch.inference_mode()
 def test_autoguidance() -> None:
-    x, inputs = predictions(2)
+    x, pairs = predictions(2)
     guider = guiders.AutoGuidance(guidance_scale=2.4, auto_guidance_layers=[0], dropout=0.1)
     guider.set_state(1, 10, torch.tensor(0))
-    close(begun("linear")(x, inputs, 2.4).x0, guider.forward(inputs[0].x0, inputs[1].x0).pred)
+    close(begun("linear")(x, pairs, 2.4).x0, guider.forward(pairs[0].x0, pairs[1].x0).pred)
 
 
 VALUES: dict[str, Any] = {
@@ -158,10 +159,10 @@ SELF |= {"mid_block_type": "UNetMidBlock2D"}
 
 
 def unets(values: dict[str, Any]) -> tuple[UNet, Any]:
-    reference = randomised(diffusers.UNet2DConditionModel(**values))
-    actual = UNet(UNetConfig(**values))
-    actual.load_state_dict(reference.state_dict())
-    return actual.eval(), reference
+    peer = randomised(diffusers.UNet2DConditionModel(**values))
+    network = UNet(UNetConfig(**values))
+    network.load_state_dict(peer.state_dict())
+    return network.eval(), peer
 
 
 @pytest.mark.parametrize(
@@ -175,48 +176,44 @@ def unets(values: dict[str, Any]) -> tuple[UNet, Any]:
 )
 @torch.inference_mode()
 def test_perturbed_attention(values: dict[str, Any], layers: list[str]) -> None:
-    """Their processor perturbs the second half of a doubled batch, in the layers that it is set
-    in.
-    """
-    actual, reference = unets(VALUES | values)
+    """diffusers' processor perturbs the second half of a doubled batch, in its layers."""
+    network, peer = unets(VALUES | values)
     processors = {
         name: PAGIdentitySelfAttnProcessor2_0()
         if any(name.startswith(layer + ".") for layer in layers) and "attn2" not in name
         else processor
-        for name, processor in reference.attn_processors.items()
+        for name, processor in peer.attn_processors.items()
     }
-    reference.set_attn_processor(processors)
+    peer.set_attn_processor(processors)
     x, timestep, tokens = normal(2, 3, 8, 8), torch.tensor([999.0, 333.0]), normal(2, 5, 12, seed=1)
-    doubled = reference(
+    doubled = peer(
         x.repeat(2, 1, 1, 1), timestep.repeat(2), encoder_hidden_states=tokens.repeat(2, 1, 1)
     ).sample
-    inputs = Conditioning(tokens=tokens)
-    close(actual(x, timestep, inputs), doubled[:2])
-    result = replace_layers(actual, layers, self_attentions, "layer")(x, timestep, inputs)
+    cond = Conditioning(tokens=tokens)
+    close(network(x, timestep, cond), doubled[:2])
+    result = replace_layers(network, layers, self_attentions, "layer")(x, timestep, cond)
     close(result, doubled[2:])
     assert (result - doubled[:2]).abs().max() > 1e-3
 
 
 @torch.inference_mode()
 def test_layers_left_out() -> None:
-    """Their U-Net with the forward of the same blocks replaced by hand."""
-    actual, reference = unets(VALUES | CROSS)
+    """diffusers' U-Net with the forward of the same blocks replaced by hand."""
+    network, peer = unets(VALUES | CROSS)
     x, timestep, tokens = normal(2, 3, 8, 8), torch.tensor([999.0, 333.0]), normal(2, 5, 12, seed=1)
-    reference.mid_block.attentions[0].forward = lambda hidden_states, *rest, **named: (
-        hidden_states,
-    )
-    block = reference.down_blocks[1].resnets[0]
+    peer.mid_block.attentions[0].forward = lambda hidden_states, *rest, **named: (hidden_states,)
+    block = peer.down_blocks[1].resnets[0]
     block.forward = lambda hidden_states, *rest, **named: block.conv_shortcut(hidden_states)
-    reference.up_blocks[1].attentions[0].transformer_blocks[0].attn1.forward = (
+    peer.up_blocks[1].attentions[0].transformer_blocks[0].attn1.forward = (
         lambda hidden_states, **named: torch.zeros_like(hidden_states)
     )
-    expected = reference(x, timestep, encoder_hidden_states=tokens).sample
+    expected = peer(x, timestep, encoder_hidden_states=tokens).sample
     layers = [
         "mid_block.attentions",
         "down_blocks.1.resnets.0",
         "up_blocks.1.attentions.0.transformer_blocks.0.attn1",
     ]
-    inputs = Conditioning(tokens=tokens)
-    result = replace_layers(actual, layers, branches, "layer")(x, timestep, inputs)
+    cond = Conditioning(tokens=tokens)
+    result = replace_layers(network, layers, branches, "layer")(x, timestep, cond)
     close(result, expected)
-    assert (result - actual(x, timestep, inputs)).abs().max() > 1e-3
+    assert (result - network(x, timestep, cond)).abs().max() > 1e-3

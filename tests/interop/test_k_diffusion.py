@@ -1,16 +1,17 @@
-"""Parity with k-diffusion (Katherine Crowson), whose samplers much of the world calls by name: the
-same network, noise and noise levels.
+"""Parity with k-diffusion (Katherine Crowson).
 
-Its functions know sigma alone. Ours are run in any (alpha, sigma) and compared in its coordinates,
-x/alpha at sigma/alpha, at every network call and at the end. All in float64, as its code keeps what
-it is given; only its spacings begin in float32, where float64 is put.
+The same network, noise and noise levels give the same latents. The functions of k-diffusion take
+sigma alone. The samplers of sfumato run in any (alpha, sigma) and are compared in its coordinates,
+x/alpha at sigma/alpha, at every network call and at the end. All is in float64, which k-diffusion
+keeps; its spacings begin in float32, where the tests put float64.
 
 Differences:
-- churn above the schedule's own highest level: theirs goes there; ours stays, because no network
-was trained there. - `sample_dpmpp_2s_ancestral` and `sample_dpm_2_ancestral` with eta > 0,
-`sample_dpm_fast` and `sample_dpm_adaptive`, and the noise of a
-  Brownian tree (theirs by default in the SDE samplers: the same path whatever the steps) have no
-  counterpart here.
+
+- churn above the schedule's own highest level: k-diffusion goes there; sfumato stays, because no
+  network was trained there.
+- without a counterpart here: `sample_dpmpp_2s_ancestral` and `sample_dpm_2_ancestral` with
+  eta > 0, `sample_dpm_fast` and `sample_dpm_adaptive`, and the noise of a Brownian tree (the
+  default of k-diffusion's SDE samplers: the same path whatever the steps).
 """
 
 import importlib.util
@@ -45,13 +46,17 @@ from sfumato.diffuse.timesteps import timesteps
 from sfumato.types import Prediction
 
 SHAPE = (2, 3, 4, 4)
-ABSENT = "k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1 (without what it asks for: one file of it is read)"
+ABSENT = (
+    "k-diffusion is not installed: pip install --no-deps k-diffusion==0.1.1.post1 (without "
+    "what it asks for: one file of it is read)"
+)
 
 
 @pytest.fixture(scope="module")
-def reference() -> Iterator[Any]:
-    """Its sampling.py alone. What the file imports and the samplers here never call is stood in
-    for, so that nothing else is installed.
+def k_diffusion() -> Iterator[Any]:
+    """The file sampling.py of k-diffusion alone.
+
+    Imports that the samplers here never call are replaced, so that nothing else is installed.
     """
     try:
         files = distribution("k-diffusion").files or []
@@ -91,18 +96,19 @@ def noises(count: int = 64) -> list[Tensor]:
 
 
 def denoised(x: Tensor, sigma: float) -> Tensor:
-    """A network's stand-in in their coordinates: smooth, nonlinear, and different at every
-    level.
+    """The stand-in of a network in the coordinates of k-diffusion.
+
+    It is smooth, nonlinear, and different at every level.
     """
     return torch.tanh(1.2 * x / (1 + sigma) + 0.3 * math.log1p(sigma)) + 0.1 * x.roll(1, -1) / (
         1 + sigma
     )
 
 
-def our_run(
+def sfumato_run(
     sampler: Any, chosen: Schedule, times: list[float], start: Tensor, **options: Any
 ) -> list[Tensor]:
-    """Every x/alpha that was asked about and, last, the result."""
+    """Return x/alpha at every network call and, last, the result."""
     draws, seen = iter(noises()), []
 
     def denoise(x: Tensor, t: float) -> Prediction:
@@ -117,15 +123,16 @@ def our_run(
     return [*seen, result / chosen.point(times[-1])[0]]
 
 
-def their_run(
+def k_diffusion_run(
     function: Callable[..., Tensor],
     levels: list[float],
     start: Tensor,
     patch: pytest.MonkeyPatch,
     **options: Any,
 ) -> list[Tensor]:
-    """The same of theirs. Noise comes by noise_sampler, or where a function has none (churn) by
-    torch.randn_like.
+    """Return x at every network call of k-diffusion and, last, the result.
+
+    Noise comes by noise_sampler, or where a function has none (churn) by torch.randn_like.
     """
     draws, seen = iter(noises()), []
 
@@ -215,9 +222,9 @@ def spaced(name: str, steps: int, chosen: Schedule) -> list[float]:
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_samplers(reference: Any, name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every latent that the network is asked about, and the last; the spacings in turns."""
-    sampler, function, our_options, their_options = SAMPLERS[name]
+def test_samplers(k_diffusion: Any, name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare the latents of every network call, and the last; the spacings in turns."""
+    sampler, function, options, k_options = SAMPLERS[name]
     chosen = SCHEDULES[kind]
     spacing = list(SPACINGS)[
         (list(SAMPLERS).index(name) + list(SCHEDULES).index(kind)) % len(SPACINGS)
@@ -226,8 +233,8 @@ def test_samplers(reference: Any, name: str, kind: str, monkeypatch: pytest.Monk
     levels = [chosen.noise_level(t) for t in times]
     start = noises()[-1] * levels[0]
     compare(
-        our_run(sampler, chosen, times, start, **our_options),
-        their_run(getattr(reference, function), levels, start, monkeypatch, **their_options),
+        sfumato_run(sampler, chosen, times, start, **options),
+        k_diffusion_run(getattr(k_diffusion, function), levels, start, monkeypatch, **k_options),
     )
 
 
@@ -236,7 +243,7 @@ def test_samplers(reference: Any, name: str, kind: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("churn", [1.0, 40.0])
 @pytest.mark.parametrize("name", ["euler", "heun"])
 def test_churn(
-    reference: Any, name: str, churn: float, kind: str, monkeypatch: pytest.MonkeyPatch
+    k_diffusion: Any, name: str, churn: float, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within limits of noise levels, and with the noise scaled."""
     chosen = SCHEDULES[kind]
@@ -244,12 +251,12 @@ def test_churn(
     levels = [chosen.noise_level(t) for t in times]
     limits = levels[-3] * 0.9, levels[1] * 1.1  # the first and the last levels stay out
     start = noises()[-1] * levels[0]
-    their_options = {"s_churn": churn, "s_tmin": limits[0], "s_tmax": limits[1], "s_noise": 1.003}
-    # theirs draws in every step, used or not: so do ours, at the steps where nothing is added
+    k_options = {"s_churn": churn, "s_tmin": limits[0], "s_tmax": limits[1], "s_noise": 1.003}
+    # k-diffusion draws in every step, used or not: so does sfumato where nothing is added
     unused = [not limits[0] <= level <= limits[1] for level in levels[:-1]]
     draws = [noise for noise, skip in zip(noises(), unused, strict=False) if not skip]
     monkeypatch.setattr(sys.modules[__name__], "noises", lambda count=64: [*draws, start])
-    actual = our_run(
+    actual = sfumato_run(
         {"euler": euler, "heun": edm}[name],
         chosen,
         times,
@@ -262,22 +269,25 @@ def test_churn(
     monkeypatch.undo()
     compare(
         actual,
-        their_run(
-            getattr(reference, f"sample_{name}"), levels, start, monkeypatch, **their_options
+        k_diffusion_run(
+            getattr(k_diffusion, f"sample_{name}"), levels, start, monkeypatch, **k_options
         ),
     )
 
 
-def test_churn_stops_at_the_highest_level(reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Theirs raises the noise above sigma_max in the first step; ours has no time to go to and
-    leaves it.
+def test_churn_stops_at_the_highest_level(
+    k_diffusion: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """k-diffusion raises the noise above sigma_max in the first step.
+
+    sfumato has no time for such a level and leaves the noise as it is.
     """
     chosen = SCHEDULES["edm"]
     times = timesteps("karras", 5, chosen)
     levels = [chosen.noise_level(t) for t in times]
     start = noises()[-1] * levels[0]
-    actual = our_run(euler, chosen, times, start, churn=40.0)
-    other = their_run(reference.sample_euler, levels, start, monkeypatch, s_churn=40.0)
+    actual = sfumato_run(euler, chosen, times, start, churn=40.0)
+    other = k_diffusion_run(k_diffusion.sample_euler, levels, start, monkeypatch, s_churn=40.0)
     assert torch.equal(actual[0], start)
     raised = levels[0] * math.sqrt(2)
     torch.testing.assert_close(
@@ -287,9 +297,10 @@ def test_churn_stops_at_the_highest_level(reference: Any, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("steps", [1, 2, 5, 18, 40])
-def test_spacings(reference: Any, steps: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Karras, exponential and polyexponential levels from the schedule's highest to the least that
-    its network knows.
+def test_spacings(k_diffusion: Any, steps: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Karras, exponential and polyexponential levels.
+
+    They go from the schedule's highest to the least that its network was trained on.
     """
     monkeypatch.setattr(
         torch,
@@ -301,9 +312,9 @@ def test_spacings(reference: Any, steps: int, kind: str, monkeypatch: pytest.Mon
     chosen = SCHEDULES[kind]
     high, low = chosen.noise_level(1.0), chosen.noise_level(chosen.first)
     expected = {
-        "karras": reference.get_sigmas_karras(steps, low, high),
-        "exponential": reference.get_sigmas_exponential(steps, low, high),
-        "polyexponential": reference.get_sigmas_polyexponential(steps, low, high, rho=1.7),
+        "karras": k_diffusion.get_sigmas_karras(steps, low, high),
+        "exponential": k_diffusion.get_sigmas_exponential(steps, low, high),
+        "polyexponential": k_diffusion.get_sigmas_polyexponential(steps, low, high, rho=1.7),
     }
     for name, sigmas in expected.items():
         actual = torch.tensor(
@@ -312,8 +323,8 @@ def test_spacings(reference: Any, steps: int, kind: str, monkeypatch: pytest.Mon
         torch.testing.assert_close(actual, sigmas, rtol=1e-9, atol=0)
 
 
-def test_vp_spacing(reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their levels of the continuous VP process are even times of it."""
+def test_vp_spacing(k_diffusion: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """k-diffusion's levels of the continuous VP process are even times of it."""
     monkeypatch.setattr(
         torch,
         "linspace",
@@ -325,4 +336,4 @@ def test_vp_spacing(reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     actual = torch.tensor(
         [chosen.noise_level(t) for t in timesteps("linspace", 12, chosen)], dtype=torch.float64
     )
-    torch.testing.assert_close(actual, reference.get_sigmas_vp(12), rtol=1e-9, atol=0)
+    torch.testing.assert_close(actual, k_diffusion.get_sigmas_vp(12), rtol=1e-9, atol=0)

@@ -1,6 +1,7 @@
-"""Latent Diffusion's own layout, held against what its names mean: the autoencoder and the text
-transformer written out here from the papers (arXiv:2112.10752, appendix G; pre-norm transformer)
-under the original names, and diffusers' networks with the same weights.
+"""Latent Diffusion's own layout against networks that are written out here.
+
+The autoencoder and the text transformer follow the papers (arXiv:2112.10752, appendix G; pre-norm
+transformer) under the original names, and diffusers' networks have the same weights.
 """
 
 import diffusers
@@ -22,8 +23,9 @@ from sfumato.checkpoints.shapes import Shapes
 
 
 class Names:
-    """Functions of the original layout, which take their weights by name and note which they
-    took.
+    """Functions of the original layout, with weights by name.
+
+    The names that were used are noted.
     """
 
     def __init__(self, tensors: dict[str, Tensor]):

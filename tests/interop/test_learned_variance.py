@@ -53,7 +53,7 @@ def network() -> DiT:
     return random_network(lambda: DiT(CONFIG), 1, 0.15)
 
 
-def reference(scheduler: Any, network: DiT, start: Tensor, w: float) -> Tensor:
+def diffusers_run(scheduler: Any, network: DiT, start: Tensor, w: float) -> Tensor:
     """DiT's guided loop: the target is guided, the variance behind it is the condition's
     (forward_with_cfg of its code).
     """
@@ -111,7 +111,7 @@ def test_the_same_run(
         "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(again)
     )
     scheduler.set_timesteps(steps)
-    expected = reference(scheduler, network, next(again), w)
+    expected = diffusers_run(scheduler, network, next(again), w)
     assert actual is not None and float((actual - expected).norm() / expected.norm()) < 1e-4
     fixed, others = (
         diffusers.DDPMScheduler.from_config(LEARNED | config | {"variance_type": "fixed_small"}),
@@ -123,7 +123,7 @@ def test_the_same_run(
     fixed.set_timesteps(steps)
     plain = Plain(fixed)
     assert (
-        float((reference(plain, network, next(others), w) - expected).norm() / expected.norm())
+        float((diffusers_run(plain, network, next(others), w) - expected).norm() / expected.norm())
         > 2e-3
     ), "the variance shows"
 
@@ -147,7 +147,7 @@ def test_the_written_config_equals_diffusers(spacing: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "karras", "log_snr"])
-def test_times_that_they_do_not_have_leave_the_variance(spacing: str) -> None:
+def test_other_times_leave_the_variance(spacing: str) -> None:
     process = read_scheduler(LEARNED).process
     written = write_scheduler(process, "ddpm:variance=learned", spacing)
     read = read_scheduler(written)

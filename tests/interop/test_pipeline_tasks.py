@@ -62,7 +62,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_pipelines(tiny_pipeline, FAMILY_NAMES, tmp_path_factory)
 
 
-def actual(folder: Path) -> LatentDiffusion:
+def opened(folder: Path) -> LatentDiffusion:
     return without_prompt_weights(load(folder))
 
 
@@ -89,7 +89,7 @@ def test_hand_over_to_a_refiner(
     request = replace(
         REQUEST, steps=steps, spacing=f"leading:offset={offset}", negative_prompt="ugly"
     )
-    first, last = actual(folders["SDXL"]), actual(folders["refiner"])
+    first, last = opened(folders["SDXL"]), opened(folders["refiner"])
     plans = handover(first, last, request, at=at)
     begun = first.run(plans.first, output="latent")
     assert (begun - latents).abs().max() < 1e-4
@@ -112,7 +112,7 @@ def test_hand_over_without_a_word_about_samplers(folders: dict[str, Path], tmp_p
         PROMPTS, generator=seeded_generators(2), denoising_end=0.7, output_type="latent", **options
     ).images
     expected = pipeline_images(pipes[1], PROMPTS, image=latents, denoising_start=0.7, **options)
-    base, second = actual(tmp_path / "base"), actual(tmp_path / "refiner")
+    base, second = opened(tmp_path / "base"), opened(tmp_path / "refiner")
     assert base.defaults.sampler.startswith("euler") and second.defaults.guidance == 5.0
     assert_same_images(
         second.run(refine(base, second, Request(PROMPTS, steps=10), at=0.7), output="tensor"),
@@ -133,7 +133,7 @@ def test_a_refiner_begins_with_a_picture(strength: float, folders: dict[str, Pat
     expected = pipeline_images(
         open_pipeline(folders["refiner"], REFINER), PROMPTS, **options, **scores
     )
-    model = actual(folders["refiner"])
+    model = opened(folders["refiner"])
     request = replace(REQUEST, steps=10, image_spec=ImageSpec(24, 16, **scores))
     assert_same_images(
         model.run(
@@ -153,7 +153,7 @@ def test_a_refiner_begins_with_a_picture(strength: float, folders: dict[str, Pat
 
 
 def test_a_refiner_is_saved_and_opened(folders: dict[str, Path], tmp_path: Path) -> None:
-    model = actual(folders["refiner"])
+    model = opened(folders["refiner"])
     model.save(tmp_path / "sfumato")
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "sfumato")
     assert type(pipe).__name__ == REFINER and load(tmp_path / "sfumato").hash == model.hash
@@ -173,7 +173,10 @@ def test_a_refiner_is_saved_and_opened(folders: dict[str, Path], tmp_path: Path)
     ],
 )
 def test_inpainting(family: str, name: str, strength: float, folders: dict[str, Path]) -> None:
-    """Ordinary models at full strength: told to, the first look is at noise alone, as theirs."""
+    """Ordinary models at full strength begin with noise alone, as in diffusers.
+
+    `noise_only_start` sets it.
+    """
     image, mask = smooth_image(), rectangle_mask()
     options: dict[str, Any] = {
         "height": 24,
@@ -184,7 +187,7 @@ def test_inpainting(family: str, name: str, strength: float, folders: dict[str, 
     }
     options |= {"image": image.expand(2, -1, -1, -1), "mask_image": mask.expand(2, -1, -1, -1)}
     expected = pipeline_images(open_pipeline(folders[family], name), PROMPTS, **options)
-    model, blind = actual(folders[family]), strength == 1 and "inpainting" not in family
+    model, blind = opened(folders[family]), strength == 1 and "inpainting" not in family
     task = {"strength": strength, "posterior": "sample", "paste": False, "noise_only_start": blind}
     assert_same_images(
         model.run(inpaint(model, image * 2 - 1, mask, REQUEST, **task), output="tensor"), expected
@@ -200,7 +203,7 @@ def test_a_blind_start_is_for_ordinary_models_at_full_strength(folders: dict[str
     for family, strength in (("SDXL inpainting", 1.0), ("SDXL", 0.6)):
         with pytest.raises(UserError, match="noise_only_start=True with strength"):
             inpaint(
-                actual(folders[family]),
+                opened(folders[family]),
                 smooth_image() * 2 - 1,
                 rectangle_mask(),
                 REQUEST,
@@ -213,7 +216,7 @@ def test_a_blind_start_is_for_ordinary_models_at_full_strength(folders: dict[str
 
 
 def test_each_encoder_reads_its_own_prompt(folders: dict[str, Path]) -> None:
-    pipe, model = open_pipeline(folders["SDXL"], BASE), actual(folders["SDXL"])
+    pipe, model = open_pipeline(folders["SDXL"], BASE), opened(folders["SDXL"])
     words = {
         "prompt": "a cat",
         "prompt_2": "a red dog",
@@ -244,10 +247,18 @@ def test_each_encoder_reads_its_own_prompt(folders: dict[str, Path]) -> None:
     assert_same_images(model.run(request, output="tensor"), as_tensor(pictures.images))
 
 
-def test_second_prompts_that_nobody_reads(folders: dict[str, Path]) -> None:
+def test_unused_second_prompts(folders: dict[str, Path]) -> None:
     for family, options, message in (
-        ("SD 1", {"prompt_2": "a dog"}, "this model has no second text encoder, put everything into prompt"),
-        ("refiner", {"prompt_2": "a dog"}, "this model has no second text encoder, put everything into prompt"),
+        (
+            "SD 1",
+            {"prompt_2": "a dog"},
+            "this model has no second text encoder, put everything into prompt",
+        ),
+        (
+            "refiner",
+            {"prompt_2": "a dog"},
+            "this model has no second text encoder, put everything into prompt",
+        ),
         (
             "SDXL",
             {"prompt_2": "a dog", "prompt": None},
@@ -267,11 +278,11 @@ def test_second_prompts_that_nobody_reads(folders: dict[str, Path]) -> None:
     ):
         request = replace(Request("a cat", steps=1, guidance=2.0), **options)
         with pytest.raises(UserError, match=message):
-            actual(folders[family]).run(request)
+            opened(folders[family]).run(request)
 
 
 def test_a_refiner_reads_the_first_prompt(folders: dict[str, Path]) -> None:
-    base, second = actual(folders["SDXL"]), actual(folders["refiner"])
+    base, second = opened(folders["SDXL"]), opened(folders["refiner"])
     request = replace(REQUEST, prompt="a cat", prompt_2="a red dog")
     handed = refine(base, second, request, at=0.5).request
     assert handed.prompt == "a cat" and handed.prompt_2 is None
@@ -286,15 +297,15 @@ def test_a_series_between_a_short_and_a_long_prompt(family: str, folders: dict[s
     """One chunk of 77 tokens and three: both ends are the plain pictures, and nothing jumps beside
     them.
     """
-    model, long = actual(folders[family]), " ".join(["a red dog"] * 50)
-    options = Request("a cat", n=3, steps=3, guidance=SCALE, seed=4)
-    series = model.run(interpolate(options, to_prompt=long), output="tensor")
+    model, long = opened(folders[family]), " ".join(["a red dog"] * 50)
+    request = Request("a cat", n=3, steps=3, guidance=SCALE, seed=4)
+    series = model.run(interpolate(request, to_prompt=long), output="tensor")
     for result, words in ((series[0], "a cat"), (series[-1], long)):
         assert (
-            result - model.run(replace(options, n=1, prompt=words), output="tensor")[0]
+            result - model.run(replace(request, n=1, prompt=words), output="tensor")[0]
         ).abs().max() < 1e-5
     assert not torch.equal(series[0], series[1]) and not torch.equal(series[1], series[2])
-    near = replace(options, n=2, prompt_mix=(long, [0.0, 1e-4]), noise_mix=([4, 4], [0.0, 0.0]))
+    near = replace(request, n=2, prompt_mix=(long, [0.0, 1e-4]), noise_mix=([4, 4], [0.0, 0.0]))
     first, beside = model.run(near, output="tensor")
     assert 0 < (first - beside).abs().max() < 1e-2
 
@@ -302,9 +313,9 @@ def test_a_series_between_a_short_and_a_long_prompt(family: str, folders: dict[s
 def test_the_other_tasks_with_refiners_inpainting_and_instructions(
     folders: dict[str, Path],
 ) -> None:
-    """Variations and series are for networks that take the latent alone; the others say so."""
+    """Variations and series need a network of the latent alone; others are refused."""
     for family in ("SDXL inpainting", "InstructPix2Pix"):
-        model = actual(folders[family])
+        model = opened(folders[family])
         for way in ("noise", "inversion"):
             with pytest.raises(UserError, match="channels beside the latent"):
                 variations(model, smooth_image() * 2 - 1, way=way)
@@ -312,7 +323,7 @@ def test_the_other_tasks_with_refiners_inpainting_and_instructions(
                 interpolate_images(
                     model, smooth_image() * 2 - 1, smooth_image(6) * 2 - 1, Request(n=2), way=way
                 )
-    second = actual(folders["refiner"])
+    second = opened(folders["refiner"])
     result = second.run(vary(Request("a cat", n=2, steps=2), strength=0.3), output="tensor")
     assert torch.isfinite(result).all() and not torch.equal(result[0], result[1])
 
@@ -338,23 +349,23 @@ def test_commands_with_text_models(
         "--model",
         str(folders["SDXL"]),
     ]
-    options = Request(
+    request = Request(
         "a cat", steps=4, prompt_2="a red dog", negative_prompt="dog", negative_prompt_2="red"
     )
     assert main(["generate", *words, *out]) == 0
-    assert same(made, xl.run(options)[0]) and read_parameters(made)["prompt_2"] == "a red dog"
+    assert same(made, xl.run(request)[0]) and read_parameters(made)["prompt_2"] == "a red dog"
     assert main(
         ["generate", "--from", str(made), "--out", str(tmp_path / "again.png")]
-    ) == 0 and same(tmp_path / "again.png", xl.run(options)[0])
+    ) == 0 and same(tmp_path / "again.png", xl.run(request)[0])
     assert (
         main(["generate", *words, *out, "--refiner", str(folders["refiner"]), "--handover", "0.5"])
         == 0
     )
-    assert same(made, second.run(refine(xl, second, options, at=0.5))[0])
+    assert same(made, second.run(refine(xl, second, request, at=0.5))[0])
     assert main(["edit", photo, *words, *out, "--strength", "0.5"]) == 0, (
         "style transfer: an ordinary model and a description"
     )
-    assert same(made, xl.run(image_to_image(xl, picture_of(photo), options, strength=0.5))[0])
+    assert same(made, xl.run(image_to_image(xl, picture_of(photo), request, strength=0.5))[0])
     for arguments, message in (
         (
             ["edit", photo, "red", "--strength", "0.5", "--model", str(folders["InstructPix2Pix"])],

@@ -1,8 +1,8 @@
-"""Whole pipelines beside diffusers': the same folder, prompt, seeds and steps give the same
-pictures, to 1e-3 of white in float32.
+"""Parity of whole pipelines with diffusers.
 
-Small random models of every family, with the shapes that make the family: what diffusers saved we
-open, what we save diffusers opens.
+The same folder, prompt, seeds and steps give the same images, to 1e-3 of white in float32. The
+models are small, random and of every family, with the shapes that make the family. Folders of each
+library open in the other.
 """
 
 from dataclasses import replace
@@ -57,9 +57,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_pipelines(tiny_pipeline, families, tmp_path_factory)
 
 
-def same(actual: LatentDiffusion, pipe: Any, spacing: str = "leading:offset=1") -> None:
-    """Prompts, a negative prompt or none, guidance on and off, another size. 5 divides 1000: their
-    DDIM steps by 1000 // steps.
+def same(model: LatentDiffusion, pipe: Any, spacing: str = "leading:offset=1") -> None:
+    """Compare prompts, a negative prompt or none, guidance on and off, another size.
+
+    The number of steps, 5, divides 1000: diffusers' DDIM steps by 1000 // steps.
     """
     prompts = ["a red cat", "a dog, (very) red"]
     for negative, guidance, size in (
@@ -69,18 +70,18 @@ def same(actual: LatentDiffusion, pipe: Any, spacing: str = "leading:offset=1") 
         ("dog", 3.0, 24),
     ):
         options: dict[str, Any] = {"height": size, "width": 16}
-        their_negative = None if negative is None else [negative] * 2
+        negatives = None if negative is None else [negative] * 2
         if guidance == 1:
-            negative = their_negative = None
+            negative = negatives = None
         expected = pipeline_images(
             pipe,
             prompts,
-            negative_prompt=their_negative,
+            negative_prompt=negatives,
             guidance_scale=guidance,
             num_inference_steps=5,
             **options,
         )
-        result = without_prompt_weights(actual).generate(
+        result = without_prompt_weights(model).generate(
             prompts,
             negative_prompt=negative,
             guidance=guidance,
@@ -94,7 +95,7 @@ def same(actual: LatentDiffusion, pipe: Any, spacing: str = "leading:offset=1") 
 
 
 @pytest.mark.parametrize("family", TEXT_TO_IMAGE)
-def test_what_diffusers_saved(family: str, folders: dict[str, Path]) -> None:
+def test_folders_of_diffusers_open(family: str, folders: dict[str, Path]) -> None:
     same(
         load(folders[family]),
         open_pipeline(folders[family], FAMILIES[family][0]),
@@ -103,11 +104,13 @@ def test_what_diffusers_saved(family: str, folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("family", TEXT_TO_IMAGE)
-def test_what_we_save(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    actual = load(folders[family])
-    actual.save(tmp_path / "sfumato")
+def test_saved_folders_open_in_diffusers(
+    family: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    model = load(folders[family])
+    model.save(tmp_path / "sfumato")
     again = load(tmp_path / "sfumato")
-    assert again.hash == actual.hash and again.defaults == actual.defaults
+    assert again.hash == model.hash and again.defaults == model.defaults
     pipe = open_pipeline(tmp_path / "sfumato")
     assert type(pipe).__name__ == FAMILIES[family][0]
     pipe.scheduler = diffusers.DDIMScheduler(**{**SCALED, **FAMILIES[family][2]})
@@ -119,29 +122,27 @@ PUBLISHED = published_schedulers()
 
 @pytest.mark.parametrize("family", PUBLISHED)
 def test_runs_without_a_word_about_samplers(family: str, tmp_path: Path) -> None:
-    """The scheduler of the folder is the sampler, spacing and end of our run, also after we saved
-    it.
-    """
+    """The folder's scheduler sets sampler, spacing and end, also after the model was saved."""
     pipe = tiny_pipeline(family)
     pipe.scheduler = PUBLISHED[family]
     pipe.save_pretrained(tmp_path / "diffusers")
-    actual = load(tmp_path / "diffusers")
-    actual.save(tmp_path / "sfumato")
+    model = load(tmp_path / "diffusers")
+    model.save(tmp_path / "sfumato")
     again = open_pipeline(tmp_path / "sfumato", type(pipe).__name__)
     expected = pipeline_images(pipe, ["a red cat", "a dog"], num_inference_steps=10)
     assert (
         pipeline_images(again, ["a red cat", "a dog"], num_inference_steps=10) - expected
     ).abs().max() < 1e-3
-    for model in (actual, load(tmp_path / "sfumato")):
+    for each in (model, load(tmp_path / "sfumato")):
         assert_same_images(
-            without_prompt_weights(model).generate(
+            without_prompt_weights(each).generate(
                 ["a red cat", "a dog"], steps=10, output="tensor"
             ),
             expected,
         )
 
 
-def test_a_model_tells_its_parts(folders: dict[str, Path]) -> None:
+def test_a_model_describes_its_parts(folders: dict[str, Path]) -> None:
     parts = load(folders["SDXL"]).describe()["parts"]
     assert [*parts] == ["autoencoder", "denoiser", "text_encoder", "text_encoder_2"]
     assert (
@@ -183,22 +184,22 @@ def test_image_to_image(family: str, name: str, strength: float, folders: dict[s
         negative_prompt=["ugly"] * 2,
         **options,
     )
-    actual = without_prompt_weights(load(folders[family]))
+    model = without_prompt_weights(load(folders[family]))
     request = image_to_image(
-        actual,
+        model,
         image * 2 - 1,
         replace(REQUEST, negative_prompt="ugly"),
         strength=strength,
         posterior="sample",
     )
-    assert_same_images(actual.run(request, output="tensor"), expected)
+    assert_same_images(model.run(request, output="tensor"), expected)
 
 
 @pytest.mark.parametrize(
     ("family", "strength"), [("SD 1", 0.6), ("SD 1 inpainting", 1.0), ("SD 1 inpainting", 0.6)]
 )
 def test_inpainting(family: str, strength: float, folders: dict[str, Path]) -> None:
-    """With an ordinary model, and with one that is told the mask and the rest of the picture."""
+    """With an ordinary model, and with a network of mask and masked image."""
     image, mask = smooth_image(), rectangle_mask()
     options: dict[str, Any] = {
         "height": 24,
@@ -214,13 +215,13 @@ def test_inpainting(family: str, strength: float, folders: dict[str, Path]) -> N
         num_inference_steps=5,
         **options,
     )
-    actual = without_prompt_weights(load(folders[family]))
+    model = without_prompt_weights(load(folders[family]))
     request = inpaint(
-        actual, image * 2 - 1, mask, REQUEST, strength=strength, posterior="sample", paste=False
+        model, image * 2 - 1, mask, REQUEST, strength=strength, posterior="sample", paste=False
     )
-    assert_same_images(actual.run(request, output="tensor"), expected)
-    kept = actual.run(
-        inpaint(actual, image * 2 - 1, mask, REQUEST, strength=strength), output="tensor"
+    assert_same_images(model.run(request, output="tensor"), expected)
+    kept = model.run(
+        inpaint(model, image * 2 - 1, mask, REQUEST, strength=strength), output="tensor"
     )
     outside = (mask == 0).expand(2, 3, -1, -1)
     assert torch.equal(
@@ -240,16 +241,17 @@ def test_instructions(folders: dict[str, Path]) -> None:
         image_guidance_scale=1.7,
         num_inference_steps=5,
     )
-    actual = without_prompt_weights(load(folders["InstructPix2Pix"]))
+    model = without_prompt_weights(load(folders["InstructPix2Pix"]))
     assert_same_images(
-        actual.run(edit(actual, image * 2 - 1, REQUEST, image_guidance=1.7), output="tensor"),
+        model.run(edit(model, image * 2 - 1, REQUEST, image_guidance=1.7), output="tensor"),
         expected,
     )
 
 
 def test_enlarging(folders: dict[str, Path], tmp_path: Path) -> None:
-    """The small picture made noisy, beside the latent; here by the tiny autoencoder's factor, 2.
-    And as we save it.
+    """The noisy low-resolution image is concatenated to the latent.
+
+    The tiny autoencoder's factor is 2. The saved model gives the same.
     """
     image = smooth_image(height=14, width=10)
     options = {
@@ -263,24 +265,24 @@ def test_enlarging(folders: dict[str, Path], tmp_path: Path) -> None:
         REQUEST.prompt,
         **options,
     )
-    actual = without_prompt_weights(load(folders["x4 upscaler"]))
-    actual.save(tmp_path / "sfumato")
+    model = without_prompt_weights(load(folders["x4 upscaler"]))
+    model.save(tmp_path / "sfumato")
     again = without_prompt_weights(load(tmp_path / "sfumato"))
-    assert again.hash == actual.hash and again.low_res == actual.low_res is not None
-    for model in (actual, again):
-        result = model.run(upscale(model, image * 2 - 1, REQUEST, noise_level=37), output="tensor")
+    assert again.hash == model.hash and again.low_res == model.low_res is not None
+    for each in (model, again):
+        result = each.run(upscale(each, image * 2 - 1, REQUEST, noise_level=37), output="tensor")
         assert result.shape == (2, 3, 28, 20)
         assert_same_images(result, expected)
     pipe = open_pipeline(tmp_path / "sfumato")
     pipe.scheduler = diffusers.DDIMScheduler(**{**SCALED, "prediction_type": "v_prediction"})
     assert_same_images(pipeline_images(pipe, REQUEST.prompt, **options), expected)
     with pytest.raises(UserError, match="noise_level=1000: expected a whole number from 0 to 999"):
-        upscale(actual, image * 2 - 1, noise_level=1000)
+        upscale(model, image * 2 - 1, noise_level=1000)
     with pytest.raises(UserError, match="was not trained to enlarge pictures"):
         upscale(load(folders["SD 1"]), image * 2 - 1)
 
 
-def test_networks_that_want_more_say_so(folders: dict[str, Path]) -> None:
+def test_networks_that_need_more_inputs_name_them(folders: dict[str, Path]) -> None:
     with pytest.raises(
         UserError, match=r"takes 9 channels and was given 4.*need the task that gives it"
     ):
@@ -299,7 +301,7 @@ def test_networks_that_want_more_say_so(folders: dict[str, Path]) -> None:
 
 # ---- single files in the original layout ---------------------------------------------------------
 
-# The layout's own numbers, which its files do not say: norms of 32 groups, 8 heads or heads 64
+# Numbers of the layout, which its files do not hold: norms of 32 groups, 8 heads or heads 64
 # wide.
 WIDE = {"norm_num_groups": 32, "layers_per_block": 1}
 ORIGINALS: dict[str, dict[str, Any]] = {
@@ -326,8 +328,10 @@ def original(family: str) -> Any:
     for key in [k for k in parts if k.startswith("text_encoder")]:
         two = key.endswith("_2")
         values = CLIPTextConfig(
-            vocab_size=size, hidden_size=128 if two else 64, intermediate_size=512 if two else 256, num_hidden_layers=3,
-            num_attention_heads=2 if two else 1, projection_dim=128 if two else 64, hidden_act="gelu" if two else act,
+            vocab_size=size, hidden_size=128 if two else 64, intermediate_size=512 if two else 256,
+            num_hidden_layers=3,
+            num_attention_heads=2 if two else 1, projection_dim=128 if two else 64,
+            hidden_act="gelu" if two else act,
             bos_token_id=size - 2, eos_token_id=size - 1,
         )  # fmt: skip
         parts[key] = randomised(
@@ -352,7 +356,7 @@ def original(family: str) -> Any:
 
 @pytest.mark.parametrize("family", ORIGINALS)
 def test_single_files_both_ways(family: str, tmp_path: Path) -> None:
-    """diffusers' folder -> our single file -> diffusers and we open it -> the same pictures."""
+    """A folder of diffusers, saved as one file, opens in both libraries: the same images."""
     pipe = original(family)
     pipe.save_pretrained(tmp_path / "folder")
     folder = load(tmp_path / "folder")
@@ -366,15 +370,15 @@ def test_single_files_both_ways(family: str, tmp_path: Path) -> None:
         "how prompts are read is not lost"
     )
     folder.save(tmp_path / "one.safetensors")
-    actual = load(tmp_path / "one.safetensors")
+    model = load(tmp_path / "one.safetensors")
     result = [
         m.generate("a (red:1.2) cat", steps=3, height=16, width=24, seed=4, output="tensor")
-        for m in (folder, actual)
+        for m in (folder, model)
     ]
     # Not to the last bit: how weights lie to cache lines in a file decides how a product of one row
     # (a pooled text) is rounded.
     assert (result[0] - result[1]).abs().max() < (1e-5 if batch_invariant.FIXED_ORDER else 5e-5)
-    assert actual.denoiser.process == folder.denoiser.process
+    assert model.denoiser.process == folder.denoiser.process
     reference = type(pipe).from_single_file(
         tmp_path / "one.safetensors", config=str(tmp_path / "folder"), local_files_only=True
     )
@@ -392,5 +396,5 @@ def test_single_files_both_ways(family: str, tmp_path: Path) -> None:
         "width": 24,
     }
     assert_same_images(
-        without_prompt_weights(actual).generate(["a red cat"], output="tensor", **options), expected
+        without_prompt_weights(model).generate(["a red cat"], output="tensor", **options), expected
     )

@@ -1,8 +1,8 @@
-"""PixArt's pipelines beside ours: the same folder, prompts, seeds and steps give the same pictures,
-to 1e-3 of white in float32.
+"""Parity with PixArt's pipelines.
 
-Small random models: alpha, with and without being told the picture's size, and Sigma. What
-diffusers saved we open, what we save it opens.
+The same folder, prompts, seeds and steps give the same images, to 1e-3 of white in float32. The
+models are small and random: alpha, with and without the image's size as a condition, and Sigma.
+Folders of each library open in the other.
 """
 
 from pathlib import Path
@@ -49,7 +49,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 PROMPTS = [" A red CAT", "a dog, (very) red"]
 
 
-def reference(kind: str, scratch: Path) -> Any:
+def diffusers_pipeline(kind: str, scratch: Path) -> Any:
     """diffusers' pipeline with small random parts; the scheduler is that of the published folders
     (huggingface.co/PixArt-alpha).
     """
@@ -81,13 +81,16 @@ def reference(kind: str, scratch: Path) -> Any:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_pipelines(
-        lambda kind: reference(kind, tmp_path_factory.mktemp("scratch")), KINDS, tmp_path_factory
+        lambda kind: diffusers_pipeline(kind, tmp_path_factory.mktemp("scratch")),
+        KINDS,
+        tmp_path_factory,
     )
 
 
-def their_pictures(pipe: Any, prompts: list[str], **options: Any) -> Tensor:
-    """Images of the size asked for, not of the nearest trained one, and of prompts that are not
-    cleaned like captions from the web.
+def diffusers_images(pipe: Any, prompts: list[str], **options: Any) -> Tensor:
+    """Images of the requested size and of prompts as written.
+
+    Neither the nearest trained size nor diffusers' cleaning of captions is used.
     """
     return pipeline_images(
         pipe, prompts, **({"use_resolution_binning": False, "clean_caption": False} | options)
@@ -99,7 +102,7 @@ def compare(images: Tensor, expected: Tensor) -> None:
     assert (expected[0] - expected[1]).abs().max() > 0.05
 
 
-def same(actual: LatentDiffusion, pipe: Any) -> None:
+def same(model: LatentDiffusion, pipe: Any) -> None:
     """Guidance on and off, a negative prompt or none, sizes and shapes, an odd and an even number
     of steps.
     """
@@ -109,17 +112,17 @@ def same(actual: LatentDiffusion, pipe: Any) -> None:
         (3.0, "the lazy dog", 4, 8, 40),
     ):
         options: dict[str, Any] = {"height": height, "width": width}
-        their_negative: dict[str, Any] = {} if negative is None else {"negative_prompt": negative}
-        expected = their_pictures(
+        negatives: dict[str, Any] = {} if negative is None else {"negative_prompt": negative}
+        expected = diffusers_images(
             pipe,
             PROMPTS,
             guidance_scale=guidance,
             num_inference_steps=steps,
-            **their_negative,
+            **negatives,
             **options,
         )
         compare(
-            actual.generate(
+            model.generate(
                 PROMPTS,
                 guidance=guidance,
                 steps=steps,
@@ -132,51 +135,52 @@ def same(actual: LatentDiffusion, pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_diffusers_saved_and_what_we_save(
+def test_folders_open_in_both_libraries(
     kind: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    actual, name = load(folders[kind]), KINDS[kind][0]
-    assert (actual.defaults.steps, actual.defaults.guidance, actual.defaults.sampler) == (
+    model, name = load(folders[kind]), KINDS[kind][0]
+    assert (model.defaults.steps, model.defaults.guidance, model.defaults.sampler) == (
         20,
         4.5,
         "dpmpp_2m",
     )
-    assert actual.sample_size == 2 * KINDS[kind][1]["sample_size"]
-    same(actual, open_pipeline(folders[kind], name))
-    actual.save(tmp_path / "sfumato")
+    assert model.sample_size == 2 * KINDS[kind][1]["sample_size"]
+    same(model, open_pipeline(folders[kind], name))
+    model.save(tmp_path / "sfumato")
     again = load(tmp_path / "sfumato")
-    assert again.hash == actual.hash and again.defaults == actual.defaults
+    assert again.hash == model.hash and again.defaults == model.defaults
     second = open_pipeline(tmp_path / "sfumato")
     assert type(second).__name__ == name
     same(again, second)
     assert count_equal_weight_files(folders[kind], tmp_path / "sfumato") == 3
-    again.save(tmp_path / "ours.safetensors")
-    assert load(tmp_path / "ours.safetensors").hash == actual.hash
+    again.save(tmp_path / "sfumato.safetensors")
+    assert load(tmp_path / "sfumato.safetensors").hash == model.hash
 
 
 def test_by_the_models_own_settings(folders: dict[str, Path]) -> None:
-    """Steps, guidance and size where nobody says them."""
+    """Default steps, guidance and size."""
     pipe = open_pipeline(folders["Sigma, small"], "PixArtSigmaPipeline")
     compare(
         load(folders["Sigma, small"]).generate(PROMPTS, output="tensor"),
-        their_pictures(pipe, PROMPTS),
+        diffusers_images(pipe, PROMPTS),
     )
 
 
 def test_the_size_reaches_the_network(folders: dict[str, Path]) -> None:
-    """Alpha's model for 1024 pixels draws another picture where it is told another size; and it
-    begins with a picture as others do.
+    """Alpha's model for 1024 pixels draws another image for another size condition.
+
+    It runs image to image like other models.
     """
-    actual = load(folders["alpha, 1024 pixels"])
+    model = load(folders["alpha, 1024 pixels"])
     size: dict[str, Any] = {"height": 16, "width": 24}
     usual, other = (
-        actual.generate("a cat", steps=3, output="tensor", image_spec=p, **size)
+        model.generate("a cat", steps=3, output="tensor", image_spec=p, **size)
         for p in (None, ImageSpec(1024, 512))
     )
     assert (usual - other).abs().max() > 1e-3
     image = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(3)) * 2 - 1
-    result = actual.run(
-        image_to_image(actual, image, Request("a cat", steps=4), strength=0.5), output="tensor"
+    result = model.run(
+        image_to_image(model, image, Request("a cat", steps=4), strength=0.5), output="tensor"
     )
     assert (
         result.shape == (1, 3, 16, 24)

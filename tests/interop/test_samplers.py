@@ -1,56 +1,72 @@
-"""Parity with diffusers' schedulers (0.42): the same network, times and noise make the same
-latents, at every network call and at the end.
+"""Parity with diffusers' schedulers (0.42), at every network call and at the end.
 
-Their tables, levels and casts are float32. To compare the algebra and not its rounding, a
-scheduler's module is lent float64 under the name of float32 (`helpers.schedulers`): its own code,
-unchanged, then agrees with ours to 1e-9 (most of it to 1e-12; only what divides by a difference of
-levels loses more). `test_as_shipped` runs them as they are, within 1e-5. Noise is handed to both
-from one list. Some of theirs work in x/alpha; what is compared is what the network is shown, and
-the result. Their networks are told whole timesteps where levels lie between them: ours is then told
-the same (`Case.whole_timesteps`), and a test says so.
+The same network, times and noise make the same latents. diffusers' tables, levels and casts are
+float32. To compare the algebra and not its rounding, a scheduler's module is lent float64 under the
+name of float32 (`helpers.schedulers`): its own code, unchanged, then agrees with sfumato to 1e-9
+(most of it to 1e-12; only a division by a difference of levels loses more). `test_as_shipped` runs
+the schedulers as they are, within 1e-5. Noise is handed to both from one list. Some schedulers work
+in x/alpha; the inputs of the network and the result are compared. Networks of diffusers take whole
+timesteps where levels lie between them: that of sfumato then takes the same
+(`Case.whole_timesteps`), and a test checks it.
 
-What differs, and why; each has a test below that fails when theirs changes (numbers are diffusers'
-issues):
+Differences, with their reasons. Each has a test below that fails when diffusers changes (numbers
+are diffusers' issues):
 
-| theirs | ours | test |
-|---|---|---|
-| DDIM, PNDM step by T // steps whatever the spacing (9261, 11347, 12633) | to the next time of the
-list | they_step_by_a_fixed_stride | | DDPM, fixed_large: noise after the last step, if that begins
-above timestep 0 | the last step is its mean | they_leave_noise_at_the_end | | Euler, Heun, LMS:
-sigma linear between whole timesteps | log-SNR linear | between_timesteps_they_interpolate_sigma | |
-multistep: levels between timesteps, networks told whole ones | the level's own timestep |
-their_networks_are_told_whole_timesteps | | the same: equal whole timesteps end in an IndexError
-(12771) | times are real numbers | their_whole_timesteps_collide | | trailing by np.arange: 61 steps
-are 62, down to timestep -1 | steps are counted | their_trailing_steps_are_summed_in_floating_point
-| | leading with 1000 steps and offset 1 leaves the table (10003) | refused | leading_timesteps | |
-linspace with one step begins at timestep 0 | at full noise | linspace_timesteps | | sde-dpmsolver++
-of order 3: one sign (since pull request 9104) | as k-diffusion and as eta 0 |
-their_third_order_sde_has_a_sign_wrong | | from pure noise (cosine's end, level 20,000) steps by
-slopes of the level overshoot | by x0, or over sigma/(alpha + sigma) |
-their_steps_from_nothing_overshoot | | DPM-Solver++ of order 3: half of the quadratic term is
-missing, its order is 2 | dpmpp_3m | tests/contracts/test_samplers.py measures both | | EDM
-sde-dpmsolver++ of order 3: raises | dpmpp_3m_sde | their_third_order_sde_of_edm_is_missing | |
-UniPC to sigma 0 with bh1, or with lower_order_final=False: not finite | first order there, exact |
-their_unipc_is_not_finite_at_zero | | DPM-Solver-3 singlestep: second point by the midpoint rule
-(its NaN, 9007, is mended) | as the paper | their_third_order_singlestep | | churn: noise added
-after the network was asked; v read at the old level | Karras et al.'s |
-their_churn_comes_after_the_network | | flows: the least time is shifted twice (13243) | once; `end`
-gives theirs | their_flows_are_shifted_twice | | eps at zero terminal SNR: divides by 0 (3851) |
-refused when built | eps_at_zero_terminal_snr | | alpha^2 = 2^-24 put at the end of a table that
-falls to 0 | the table drawn out to it | nearly_zero_terminal_snr | | and with linear betas two
-levels before it are noisier | falls to the end | their_nearly_zero_snr_can_rise_again | | PNDM:
-means of v read at one point | each at its own | their_pndm_reads_v_at_one_point | | DDIMInverse: v
-read at the wrong end of the step | at the end that was asked about |
-their_inversion_reads_v_at_the_wrong_end | | TCD with eta 1: each step by way of timestep 0 | by way
-of the clean latent | their_tcd_with_eta_one_keeps_the_least_noise | | Euler's first noise in
-x/alpha: sigma, or sqrt(sigma^2 + 1) for leading | sqrt(sigma^2 + 1) | their_first_noise | | DEIS:
-ends at timestep 0; by noise level its last step has no length | ends at t = 0 |
-their_deis_repeats_its_last_level | | DPM-Solver++, DEIS: lower_order_final counts below 15 steps
-only | always, where asked for | tables (20 steps) | | DPM-Solver++ of order 3: second step by the
-midpoint rule | as k-diffusion's; `solver` says | tables | | flow multistep solvers: DPM-Solver++
-begins at 0.999, UniPC at 1 - 1e-6 | at 1 | flow_multistep | | consistency models end at sigma_min |
-at 0 | consistency_models |
-| ScoreSdeVe: noise after the last step | the last step is its mean | score_sde_ve |
+- DDIM, PNDM step by T // steps whatever the spacing (9261, 11347, 12633). sfumato: to the next time
+  of the list (test: diffusers_steps_by_a_fixed_stride).
+- DDPM, fixed_large: noise after the last step, if that begins above timestep 0. sfumato: the last
+  step is its mean (test: diffusers_leaves_noise_at_the_end).
+- Euler, Heun, LMS: sigma linear between whole timesteps. sfumato: log-SNR linear (test:
+  diffusers_interpolates_sigma_between_timesteps).
+- multistep: levels between timesteps, networks take whole ones. sfumato: the level's own timestep
+  (test: networks_of_diffusers_take_whole_timesteps).
+- multistep: equal whole timesteps end in an IndexError (12771). sfumato: times are real numbers
+  (test: diffusers_whole_timesteps_collide).
+- trailing by np.arange: 61 steps are 62, down to timestep -1. sfumato: steps are counted (test:
+  diffusers_trailing_steps_are_summed_in_floating_point).
+- leading with 1000 steps and offset 1 leaves the table (10003). sfumato: refused (test:
+  leading_timesteps).
+- linspace with one step begins at timestep 0. sfumato: at full noise (test: linspace_timesteps).
+- sde-dpmsolver++ of order 3: one sign (since pull request 9104). sfumato: as k-diffusion and as eta
+  0 (test: diffusers_third_order_sde_has_a_sign_wrong).
+- from pure noise (cosine's end, level 20,000) steps by slopes of the level overshoot. sfumato: by
+  x0, or over sigma/(alpha + sigma) (test: diffusers_steps_from_nothing_overshoot).
+- DPM-Solver++ of order 3: half of the quadratic term is missing, its order is 2. sfumato: dpmpp_3m
+  (tests/contracts/test_samplers.py measures both).
+- EDM sde-dpmsolver++ of order 3: raises. sfumato: dpmpp_3m_sde (test:
+  diffusers_third_order_sde_of_edm_is_missing).
+- UniPC to sigma 0 with bh1, or with lower_order_final=False: not finite. sfumato: first order
+  there, exact (test: diffusers_unipc_is_not_finite_at_zero).
+- DPM-Solver-3 singlestep: second point by the midpoint rule (its NaN, 9007, is mended). sfumato: as
+  in the paper (test: diffusers_third_order_singlestep).
+- churn: noise added after the network call; v read at the old level. sfumato: Karras et al.'s
+  (test: diffusers_churn_comes_after_the_network).
+- flows: the least time is shifted twice (13243). sfumato: once; `end` gives diffusers' time (test:
+  diffusers_flows_are_shifted_twice).
+- eps at zero terminal SNR: divides by 0 (3851). sfumato: refused when built (test:
+  eps_at_zero_terminal_snr).
+- alpha^2 = 2^-24 put at the end of a table that falls to 0. sfumato: the table drawn out to it
+  (test: nearly_zero_terminal_snr).
+- alpha^2 = 2^-24 with linear betas: two levels before it are noisier. sfumato: falls to the end
+  (test: diffusers_nearly_zero_snr_can_rise_again).
+- PNDM: means of v read at one point. sfumato: each at its own (test:
+  diffusers_pndm_reads_v_at_one_point).
+- DDIMInverse: v read at the wrong end of the step. sfumato: at the end of the evaluation (test:
+  diffusers_inversion_reads_v_at_the_wrong_end).
+- TCD with eta 1: each step by way of timestep 0. sfumato: by way of the clean latent (test:
+  diffusers_tcd_with_eta_one_keeps_the_least_noise).
+- Euler's first noise in x/alpha: sigma, or sqrt(sigma^2 + 1) for leading. sfumato: sqrt(sigma^2 +
+  1) (test: diffusers_first_noise).
+- DEIS: ends at timestep 0; by noise level its last step has no length. sfumato: ends at t = 0
+  (test: diffusers_deis_repeats_its_last_level).
+- DPM-Solver++, DEIS: lower_order_final counts below 15 steps only. sfumato: always, where it is set
+  (test: tables (20 steps)).
+- DPM-Solver++ of order 3: second step by the midpoint rule. sfumato: as k-diffusion's; `solver`
+  chooses (test: tables).
+- flow multistep solvers: DPM-Solver++ begins at 0.999, UniPC at 1 - 1e-6. sfumato: at 1 (test:
+  flow_multistep).
+- consistency models end at sigma_min. sfumato: at 0 (test: consistency_models).
+- ScoreSdeVe: noise after the last step. sfumato: the last step is its mean (test: score_sde_ve).
 
 Without a counterpart here: clipping and thresholding, variance_type "learned" ("learned_range" is
 in test_learned_variance.py), invert_sigmas, shift_terminal (give the times), sde-dpmsolver (not
@@ -105,11 +121,11 @@ from sfumato.diffuse.timesteps import timesteps
 from sfumato.errors import UserError
 from sfumato.types import Prediction
 
-# Theirs leaves out half of the quadratic term, and with it an order: ours does so when asked.
+# diffusers leaves out half of the quadratic term, and with it an order; sfumato by an option.
 dpmpp_3m = partial(whole_3m, published=True)
 dpmpp_3m_sde = partial(whole_3m_sde, published=True)
 
-# of theirs: numpy's copy, names to come
+# of diffusers: numpy's copy, names to come
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 diffusers: Any = _diffusers  # its names are made at run time
@@ -127,7 +143,7 @@ def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
         yield schedulers
 
 
-def our_run(
+def sfumato_run(
     sampler: Any,
     process: Process,
     times: Sequence[float],
@@ -135,17 +151,20 @@ def our_run(
     at: Sequence[float] | None = None,
     **options: Any,
 ) -> tuple[list[Tensor], list[float]]:
-    """The network's inputs and, last, our final latents; and the timesteps of its calls, which are
-    `at` where given.
+    """Inputs of the network, then the final latents of sfumato; and the timesteps of the calls.
+
+    The timesteps are those of `at`, if any.
     """
     return step_sampler(sampler, process, times, network, start, at, **options)
 
 
-def their_run(
+def diffusers_run(
     scheduler: Any, start: Tensor, last: float = 1.0, **options: Any
 ) -> tuple[list[Tensor], list[float]]:
-    """The same of diffusers. `last` takes the result to our coordinates: alpha at the end, for
-    schedulers that work in x/alpha.
+    """Inputs, final latents and timesteps of diffusers.
+
+    `last` takes the result to sfumato's coordinates: alpha at the end, for schedulers that work in
+    x/alpha.
     """
     *shown, x = step_scheduler(scheduler, network, start, **options)
     return [*shown, x * last], scheduler.timesteps.tolist()
@@ -174,7 +193,7 @@ TABLES: dict[str, tuple[dict[str, Any], Schedule]] = {
         schedule("scaled_linear"),
     ),
     "cosine": ({"beta_schedule": "squaredcos_cap_v2"}, schedule("cosine")),
-    # DDPM's alone knows it
+    # only DDPM's has it
     "sigmoid": (
         {"beta_schedule": "sigmoid", "beta_start": 0.0001, "beta_end": 0.02},
         schedule("sigmoid"),
@@ -190,25 +209,25 @@ NEVER_CLIP = ("DDIM", "DDPM", "DDIMInverse", "LCM", "TCD", "HeunDiscrete")
 
 @dataclass(frozen=True)
 class Case:
-    """A scheduler with its options, and what ours is called with to do the same.
+    """A scheduler of diffusers with its options, and sfumato's call for the same run.
 
-    end         where the run ends, for schedulers that do not go to t = 0
-    again       theirs asks the network once more at the end, for a step of no length
-    our_steps   where theirs counts network calls and ours steps
-    whole_timesteps  their network is told a timestep that is not that of its noise level (rounded to
-                whole ones): ours is then told the same
-    scaled      their latents are x/alpha
+    end              where the run ends, for schedulers that do not go to t = 0
+    again            diffusers evaluates the network once more at the end, for a step of no length
+    sfumato_steps    sfumato's number of steps, where diffusers counts network calls
+    whole_timesteps  diffusers rounds the network's timestep to a whole one, which is not that of
+                     its noise level: sfumato's network then takes the same
+    scaled           diffusers' latents are x/alpha
     """
 
-    reference: str
+    scheduler_name: str
     sampler: Any
     spacing: str = "trailing"
     config: dict[str, Any] = field(default_factory=dict)
     space: dict[str, Any] = field(default_factory=dict)
-    actual: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     step: dict[str, Any] = field(default_factory=dict)
     steps: int = 10
-    our_steps: int = 0
+    sfumato_steps: int = 0
     end: float = 0.0
     again: bool = False
     whole_timesteps: bool = False
@@ -217,7 +236,7 @@ class Case:
 
     def __str__(self) -> str:
         options = {**self.config, **self.step, "end": self.end, "steps": self.steps}
-        return f"{self.reference}-{self.spacing}-" + ",".join(
+        return f"{self.scheduler_name}-{self.spacing}-" + ",".join(
             f"{k}={v}" for k, v in options.items() if v not in (0.0, False, 10)
         )
 
@@ -228,14 +247,14 @@ class Case:
             "prediction_type": prediction,
             **self.config,
         }
-        if self.reference in NEVER_CLIP:
+        if self.scheduler_name in NEVER_CLIP:
             values["clip_sample"] = False
         made = output(**values)
         made.set_timesteps(self.steps)
         return made
 
     def times(self, chosen: Schedule) -> list[float]:
-        output = timesteps(self.spacing, self.our_steps or self.steps, chosen, **self.space)
+        output = timesteps(self.spacing, self.sfumato_steps or self.steps, chosen, **self.space)
         return output if self.end == 0 else [t for t in output if t > self.end] + [self.end]
 
 
@@ -252,7 +271,7 @@ WHOLE: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("leading", SD, {"offset": 1}, {}),
     ("linspace", LINSPACE, {}, {}),
 ]
-"""(our spacing, their options, our options, what else a case is): the spacings by time."""
+"""Spacings by time: (sfumato's spacing, fields of the scheduler's config, options, more)."""
 
 MULTISTEP: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("trailing", TRAILING, {"whole": True}, {}),
@@ -268,8 +287,8 @@ SIGMAS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("karras", {"use_karras_sigmas": True, **LINSPACE}, {}, {}),
     ("exponential", {"use_exponential_sigmas": True, **LINSPACE}, {}, {}),
     ("beta", {"use_beta_sigmas": True, **LINSPACE}, {"over": "noise"}, {}),
-    # By noise level between the ends of another spacing: what SDXL's and Stable Video Diffusion's
-    # configs say.
+    # By noise level between the ends of another spacing: as in the configs of SDXL and Stable Video
+    # Diffusion.
     ("karras", {"use_karras_sigmas": True, **SD}, {"start": at(901), "end": at(1)}, {}),
     ("karras", {"use_karras_sigmas": True, **TRAILING}, {"end": at(99)}, {}),
     ("exponential", {"use_exponential_sigmas": True, **SD}, {"start": at(901), "end": at(1)}, {}),
@@ -279,15 +298,18 @@ SIGMAS: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
 
 def cases(
     spacings: Sequence[Any],
-    reference: str,
+    scheduler_name: str,
     sampler: Any,
     config: dict[str, Any] | None = None,
     **rest: Any,
 ) -> list[Case]:
     """One case a spacing."""
     return [
-        replace(Case(reference, sampler, spacing, {**(config or {}), **their}, our, **rest), **more)
-        for spacing, their, our, more in spacings
+        replace(
+            Case(scheduler_name, sampler, spacing, {**(config or {}), **fields}, space, **rest),
+            **more,
+        )
+        for spacing, fields, space, more in spacings
     ]
 
 
@@ -302,12 +324,12 @@ CASES: list[Case] = [
         "DDPM",
         ddpm,
         {"variance_type": "fixed_large"},
-        actual={"variance": "large"},
+        options={"variance": "large"},
     ),
     *(
         case
         for eta in (0.0, 0.5, 1.0)
-        for case in cases(WHOLE[:3], "DDIM", ddim, step={"eta": eta}, actual={"eta": eta})
+        for case in cases(WHOLE[:3], "DDIM", ddim, step={"eta": eta}, options={"eta": eta})
     ),
     *cases(WHOLE[2:3], "DDIM", ddim, {"set_alpha_to_one": False}, end=at(0)),
     *cases(WHOLE[1:2], "DDIM", ddim, {"set_alpha_to_one": False}, end=at(0), again=True),
@@ -345,7 +367,7 @@ CASES: list[Case] = [
     *cases(WHOLE, "EulerAncestralDiscrete", euler_ancestral, scaled=True, **OUT),
     *cases(SIGMAS, "HeunDiscrete", heun, scaled=True),
     *cases(SIGMAS, "LMSDiscrete", lms, scaled=True),
-    *cases(WHOLE[:1], "LMSDiscrete", lms, step={"order": 2}, actual={"order": 2}, scaled=True),
+    *cases(WHOLE[:1], "LMSDiscrete", lms, step={"order": 2}, options={"order": 2}, scaled=True),
     *cases(WHOLE, "KDPM2Discrete", dpm_solver_2, scaled=True, **OUT),
     *cases(SIGMAS[4:8], "KDPM2Discrete", dpm_solver_2, scaled=True, whole_timesteps=True, **OUT),
     *cases(MULTISTEP, "DPMSolverMultistep", dpmpp_2m),
@@ -355,29 +377,29 @@ CASES: list[Case] = [
         "DPMSolverMultistep",
         dpmpp_3m,
         {"solver_order": 3},
-        actual={"solver": "midpoint", "lower_order_final": True},
+        options={"solver": "midpoint", "lower_order_final": True},
     ),
     *cases(
         MULTISTEP,
         "DPMSolverMultistep",
         dpmpp_3m,
         {"solver_order": 3, "lower_order_final": False},
-        actual={"solver": "midpoint"},
+        options={"solver": "midpoint"},
     ),
     *cases(
         MULTISTEP,
         "DPMSolverMultistep",
         dpmpp_3m,
         {"solver_order": 3, "solver_type": "heun"},
-        actual={"lower_order_final": True},
+        options={"lower_order_final": True},
     ),
-    # from 15 steps on theirs lowers nothing but the step to 0
+    # from 15 steps on diffusers lowers nothing but the step to 0
     *cases(
         MULTISTEP[:1],
         "DPMSolverMultistep",
         dpmpp_3m,
         {"solver_order": 3},
-        actual={"solver": "midpoint"},
+        options={"solver": "midpoint"},
         steps=20,
     ),
     *cases(MULTISTEP, "DPMSolverMultistep", dpmpp_2m_sde, {"algorithm_type": "sde-dpmsolver++"}),
@@ -386,7 +408,7 @@ CASES: list[Case] = [
         "DPMSolverMultistep",
         dpmpp_2m_sde,
         {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"},
-        actual={"solver": "heun"},
+        options={"solver": "heun"},
     ),
     *cases(MULTISTEP[:1], "DPMSolverMultistep", ddim, {"solver_order": 1}),
     *cases(
@@ -394,31 +416,31 @@ CASES: list[Case] = [
         "DPMSolverMultistep",
         dpmpp_2m_sde,
         {"solver_type": "heun"},
-        actual={"eta": 0.0, "solver": "heun"},
+        options={"eta": 0.0, "solver": "heun"},
     ),
     Case("DPMSolverMultistep", dpmpp_2m, "log_snr", {"use_lu_lambdas": True}, whole_timesteps=True),
     *(
         case
         for final in (True, False)
-        for order, sampler, actual in ((2, dpmpp_2m, {}), (3, dpmpp_3m, {"solver": "midpoint"}))
+        for order, sampler, options in ((2, dpmpp_2m, {}), (3, dpmpp_3m, {"solver": "midpoint"}))
         for case in cases(
             MULTISTEP[:4],
             "DPMSolverMultistep",
             sampler,
             {"final_sigmas_type": "sigma_min", "lower_order_final": final, "solver_order": order},
-            actual={**actual, "lower_order_final": final},
+            options={**options, "lower_order_final": final},
             end=at(0),
         )
     ),
-    # Theirs counts calls: a step of two has its middle at the level between, which is half-way in
-    # log-SNR where levels are in equal ratios.
+    # diffusers counts calls: a step of two has its middle at the level between, which is half-way
+    # in log-SNR where levels are in equal ratios.
     Case(
         "DPMSolverSinglestep",
         dpmpp_2s,
         "exponential",
         {"use_exponential_sigmas": True},
         steps=9,
-        our_steps=5,
+        sfumato_steps=5,
         whole_timesteps=True,
     ),
     Case(
@@ -431,7 +453,7 @@ CASES: list[Case] = [
             "final_sigmas_type": "sigma_min",
         },
         steps=9,
-        our_steps=5,
+        sfumato_steps=5,
         end=at(0),
         again=True,
         whole_timesteps=True,
@@ -446,7 +468,7 @@ CASES: list[Case] = [
             "UniPCMultistep",
             unipc,
             {"solver_order": order, "solver_type": kind, "final_sigmas_type": "sigma_min"},
-            actual={"order": order, "variant": kind},
+            options={"order": order, "variant": kind},
             end=at(0),
         )
     ),
@@ -454,7 +476,7 @@ CASES: list[Case] = [
         case
         for order in (1, 2, 3)
         for case in cases(
-            MULTISTEP, "UniPCMultistep", unipc, {"solver_order": order}, actual={"order": order}
+            MULTISTEP, "UniPCMultistep", unipc, {"solver_order": order}, options={"order": order}
         )
     ),
     *cases(
@@ -462,7 +484,7 @@ CASES: list[Case] = [
         "UniPCMultistep",
         unipc,
         {"disable_corrector": list(range(20))},
-        actual={"corrector": False},
+        options={"corrector": False},
     ),
     *(
         case
@@ -472,7 +494,7 @@ CASES: list[Case] = [
             "DEISMultistep",
             deis,
             {"solver_order": order},
-            actual={"order": order},
+            options={"order": order},
             end=at(0),
         )
     ),
@@ -484,14 +506,14 @@ CASES: list[Case] = [
             "DEISMultistep",
             deis,
             {"solver_order": order, "lower_order_final": False},
-            actual={"order": order, "lower_order_final": False},
+            options={"order": order, "lower_order_final": False},
             end=at(0),
             again=True,
         )
     ),
     *(Case("LCM", lcm, "lcm", steps=steps) for steps in (1, 4, 8)),
     *(
-        Case("TCD", tcd, "lcm", step={"eta": eta}, actual={"eta": eta}, steps=steps, end=at(0))
+        Case("TCD", tcd, "lcm", step={"eta": eta}, options={"eta": eta}, steps=steps, end=at(0))
         for eta in (0.0, 0.3, 0.33)
         for steps in (1, 4, 8)
     ),
@@ -499,8 +521,9 @@ CASES: list[Case] = [
 
 
 def coordinates(case: Case, chosen: Schedule, times: list[float]) -> tuple[Tensor, Tensor, float]:
-    """The same start in our coordinates and in theirs, and alpha at the end where theirs are
-    x/alpha.
+    """The same start in the coordinates of sfumato and diffusers, and alpha at the end.
+
+    It is 1 where diffusers does not work in x/alpha.
     """
     start, first, last = next(noise_draws(9)), chosen.point(times[0])[0], chosen.point(times[-1])[0]
     return start, start / first if case.scaled else start, last if case.scaled else 1.0
@@ -517,16 +540,16 @@ def rotated() -> list[Any]:
     """
     output, seen = [], set()
     for turn, case in enumerate(CASES):
-        first = (case.reference, case.sampler) not in seen
-        kinds = [kind for kind in TABLES if kind != "sigmoid" or case.reference == "DDPM"]
-        seen.add((case.reference, case.sampler))
+        first = (case.scheduler_name, case.sampler) not in seen
+        kinds = [kind for kind in TABLES if kind != "sigmoid" or case.scheduler_name == "DDPM"]
+        seen.add((case.scheduler_name, case.sampler))
         for i in range(turn, turn + (len(kinds) if first else 1)):
             kind, prediction = kinds[i % len(kinds)], case.predictions[i % len(case.predictions)]
             if kind == "cosine" and (
                 case.sampler in BY_NOISE or case.spacing in ("karras", "exponential", "beta", "lu")
             ):
-                # their levels go up to 20,000 there, ours do not: see
-                # their_steps_from_nothing_overshoot
+                # levels of diffusers go up to 20,000 there, those of sfumato do not: see
+                # diffusers_steps_from_nothing_overshoot
                 kind = "linear"
             output.append(pytest.param(case, kind, prediction, id=f"{case}-{kind}-{prediction}"))
     return output
@@ -534,33 +557,33 @@ def rotated() -> list[Any]:
 
 @pytest.mark.parametrize(("case", "kind", "prediction"), rotated())
 def test_tables(case: Case, kind: str, prediction: str, double: Callable[[str], Any]) -> None:
-    """Every latent that the network is shown, the timestep that it is told, and the result."""
+    """Compare every latent and timestep that the network takes, and the result."""
     chosen = TABLES[kind][1]
     scheduler, times = (
-        case.scheduler(double(case.reference + "Scheduler"), kind, prediction),
+        case.scheduler(double(case.scheduler_name + "Scheduler"), kind, prediction),
         case.times(chosen),
     )
-    start, their_start, last = coordinates(case, chosen, times)
-    reference, reference_timesteps = their_run(scheduler, their_start, last, **case.step)
+    start, diffusers_start, last = coordinates(case, chosen, times)
+    reference, reference_timesteps = diffusers_run(scheduler, diffusers_start, last, **case.step)
     if case.again:
         reference, reference_timesteps = [*reference[:-2], reference[-1]], reference_timesteps[:-1]
     process = Process(chosen, parameterization(PREDICTIONS[prediction]))
-    actual, heard = our_run(
+    actual, evaluated = sfumato_run(
         case.sampler,
         process,
         times,
         start,
         reference_timesteps if case.whole_timesteps else None,
-        **case.actual,
+        **case.options,
     )
-    np.testing.assert_allclose(heard, reference_timesteps, atol=1e-6)
+    np.testing.assert_allclose(evaluated, reference_timesteps, atol=1e-6)
     assert difference(actual, reference) < 1e-9
 
 
 def shipped() -> list[Any]:
     """One case a scheduler, sampler and kind of spacing."""
     output = {
-        (case.reference, case.sampler, case.spacing): case
+        (case.scheduler_name, case.sampler, case.spacing): case
         for case in CASES
         if (case.steps, case.end) == (10, 0.0)
     }
@@ -569,26 +592,26 @@ def shipped() -> list[Any]:
 
 @pytest.mark.parametrize("case", shipped(), ids=str)
 def test_as_shipped(case: Case) -> None:
-    """The same without lending them float64: what is left is float32's rounding, of tables, levels
-    and latents, and no more.
-    """
-    # v, where they have it: in x0 eps's rounding is divided by alpha, 1/15 at the first step
+    """The same in float32, as shipped: only rounding of tables, levels and latents is left."""
+    # v, where a scheduler has it: in x0 eps's rounding is divided by alpha, 1/15 at the first step
     prediction = case.predictions[-1]
     scheduler = case.scheduler(
-        getattr(diffusers, case.reference + "Scheduler"), "scaled_linear", prediction
+        getattr(diffusers, case.scheduler_name + "Scheduler"), "scaled_linear", prediction
     )
     noise, module = noise_draws(), sys.modules[type(scheduler).__module__]
     chosen = TABLES["scaled_linear"][1]
     times = case.times(chosen)
-    start, their_start, last = coordinates(case, chosen, times)
+    start, diffusers_start, last = coordinates(case, chosen, times)
     with pytest.MonkeyPatch.context() as patch:
         if hasattr(module, "randn_tensor"):
             patch.setattr(module, "randn_tensor", lambda *_, **__: next(noise).float())
-        reference, reference_timesteps = their_run(
-            scheduler, their_start.float(), last, **case.step
+        reference, reference_timesteps = diffusers_run(
+            scheduler, diffusers_start.float(), last, **case.step
         )
     process = Process(chosen, parameterization(PREDICTIONS[prediction]))
-    actual, _ = our_run(case.sampler, process, times, start, reference_timesteps, **case.actual)
+    actual, _ = sfumato_run(
+        case.sampler, process, times, start, reference_timesteps, **case.options
+    )
     assert difference(actual, reference) < 1e-5
 
 
@@ -602,7 +625,7 @@ def zero_snr(
     kind: str = "scaled_linear",
     **options: Any,
 ) -> Any:
-    """Their scheduler with rescale_betas_zero_snr and ten trailing steps."""
+    """A scheduler of diffusers with rescale_betas_zero_snr and ten trailing steps."""
     clip = {"clip_sample": False} if name in NEVER_CLIP else {}
     values = {
         **TABLES[kind][0],
@@ -625,7 +648,7 @@ EXACT = [("DDIM", ddim, 0.0), ("DDPM", ddpm, 0.0), ("LCM", lcm, 0.0), ("TCD", tc
 def test_zero_terminal_snr(
     name: str, sampler: Any, end: float, kind: str, double: Callable[[str], Any]
 ) -> None:
-    """Where alpha is exactly 0 at t = 1."""
+    """alpha is exactly 0 at t = 1."""
     chosen = ZeroTerminalSNR(TABLES[kind][1])
     times = Case(
         name,
@@ -636,11 +659,13 @@ def test_zero_terminal_snr(
     ).times(chosen)
     for prediction in ("sample", "v_prediction"):
         start = next(noise_draws(9))
-        reference, reference_timesteps = their_run(zero_snr(name, double, prediction, kind), start)
-        actual, heard = our_run(
+        reference, reference_timesteps = diffusers_run(
+            zero_snr(name, double, prediction, kind), start
+        )
+        actual, evaluated = sfumato_run(
             sampler, Process(chosen, parameterization(PREDICTIONS[prediction])), times, start
         )
-        np.testing.assert_allclose(heard, reference_timesteps, atol=1e-6)
+        np.testing.assert_allclose(evaluated, reference_timesteps, atol=1e-6)
         assert difference(actual, reference) < 1e-9
 
 
@@ -658,26 +683,27 @@ NEARLY = [
 def test_nearly_zero_terminal_snr(
     name: str, sampler: Any, options: dict[str, Any], double: Callable[[str], Any]
 ) -> None:
-    """Where theirs puts alpha^2 = 2^-24 at the end of the table that falls to 0. Ours, told the
-    same betas, makes the same latents.
+    """diffusers puts alpha^2 = 2^-24 at the end of a table that falls to 0.
 
-    `ZeroTerminalSNR(last=2**-24)` draws the whole table out to 2^-24 instead, and is as smooth
-    there as anywhere: alpha differs by 2^-12 at most, and the latents after the first steps by as
-    little.
+    With the same betas sfumato makes the same latents. `ZeroTerminalSNR(last=2**-24)` draws the
+    whole table out to 2^-24 instead, and is as smooth there as anywhere: alpha differs by 2^-12 at
+    most, and the latents after the first steps by as little.
     """
     scheduler = zero_snr(name, double)
     products = scheduler.alphas_cumprod.tolist()
     same = table([1 - products[0], *(1 - b / a for a, b in pairwise(products))])
     scaled, start = name.startswith("Euler"), next(noise_draws(9))
-    reference, reference_timesteps = their_run(
+    reference, reference_timesteps = diffusers_run(
         scheduler, start / same.point(1.0)[0] if scaled else start
     )
     times = timesteps("trailing", 10, same)
-    actual, heard = our_run(sampler, Process(same, parameterization("v")), times, start, **options)
-    np.testing.assert_allclose(heard, reference_timesteps, atol=1e-6)
+    actual, evaluated = sfumato_run(
+        sampler, Process(same, parameterization("v")), times, start, **options
+    )
+    np.testing.assert_allclose(evaluated, reference_timesteps, atol=1e-6)
     assert difference(actual, reference) < 1e-9
     smooth = ZeroTerminalSNR(TABLES["scaled_linear"][1], last=2**-24)
-    other, _ = our_run(sampler, Process(smooth, parameterization("v")), times, start, **options)
+    other, _ = sfumato_run(sampler, Process(smooth, parameterization("v")), times, start, **options)
     assert 1e-7 < difference(other, reference) < 2e-3
 
 
@@ -687,24 +713,24 @@ def test_nearly_zero_terminal_snr(
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("clean", [True, False])
 def test_inversion(clean: bool, offset: int, double: Callable[[str], Any]) -> None:
-    """From the clean latent up, or where theirs is told that it begins at timestep 0
-    (set_alpha_to_one=False), from there.
-    """
+    """From the clean latent up, or from timestep 0 (set_alpha_to_one=False)."""
     chosen = TABLES["scaled_linear"][1]
     options = {"steps_offset": offset, "set_alpha_to_one": clean, "clip_sample": False}
     scheduler = double("DDIMInverseScheduler")(**TABLES["scaled_linear"][0], **options)
     scheduler.set_timesteps(10)
     start = next(noise_draws(9))
-    reference, reference_timesteps = their_run(scheduler, start)
+    reference, reference_timesteps = diffusers_run(scheduler, start)
     times = [t for t in timesteps("leading", 10, chosen, offset=offset) if t > 0]
     if clean:
         times.append(0.0)
     elif offset:
         times.append(at(0))
-    else:  # theirs begins with a step of no length
+    else:  # diffusers begins with a step of no length
         reference, reference_timesteps = reference[1:], reference_timesteps[1:]
-    actual, heard = our_run(ddim_inversion, Process(chosen, parameterization("eps")), times, start)
-    np.testing.assert_allclose(heard, reference_timesteps, atol=1e-6)
+    actual, evaluated = sfumato_run(
+        ddim_inversion, Process(chosen, parameterization("eps")), times, start
+    )
+    np.testing.assert_allclose(evaluated, reference_timesteps, atol=1e-6)
     assert difference(actual, reference) < 1e-9
 
 
@@ -714,8 +740,9 @@ FLOW = Process(schedule("flow"), parameterization("flow"))
 
 
 def twice(shift: float) -> float:
-    """The time at which their flow schedulers end by default: 0.001, shifted when they are made and
-    again when the run is spaced.
+    """The time at which flow schedulers of diffusers end by default: 0.001, shifted twice.
+
+    It is shifted when they are built and again when the run is spaced.
     """
     return shifted_time(shifted_time(0.001, shift), shift)
 
@@ -757,26 +784,26 @@ FLOWS: dict[str, tuple[dict[str, Any], dict[str, Any], str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", FLOWS)
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_flow_euler(stochastic: bool, name: str, double: Callable[[str], Any]) -> None:
-    """Euler's method and, where theirs is stochastic, multistep consistency sampling."""
+    """Euler's method and, for a stochastic scheduler, multistep consistency sampling."""
     config, spacing_options, spacing, space = FLOWS[name]
     scheduler = double("FlowMatchEulerDiscreteScheduler")(stochastic_sampling=stochastic, **config)
     scheduler.set_timesteps(10, **spacing_options)
     start = next(noise_draws(9))
     reference, reference_timesteps = flow_run(scheduler, start)
-    actual, heard = our_run(
+    actual, evaluated = sfumato_run(
         consistency if stochastic else euler,
         FLOW,
         timesteps(spacing, 10, FLOW.schedule, **space),
         start,
     )
-    np.testing.assert_allclose(heard, reference_timesteps, atol=1e-6)
+    np.testing.assert_allclose(evaluated, reference_timesteps, atol=1e-6)
     assert difference(actual, reference) < 1e-9
 
 
 def flow_run(scheduler: Any, start: Tensor) -> tuple[list[Tensor], list[float]]:
-    """`their_run` for schedulers that scale no input."""
+    """`diffusers_run` for schedulers that scale no input."""
     scheduler.scale_model_input = lambda x, timestep: x
-    return their_run(scheduler, start)
+    return diffusers_run(scheduler, start)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -785,18 +812,19 @@ def test_flow_heun(shift: float, double: Callable[[str], Any]) -> None:
     scheduler.set_timesteps(8)
     start = next(noise_draws(9))
     reference, reference_timesteps = flow_run(scheduler, start)
-    actual, heard = our_run(
+    actual, evaluated = sfumato_run(
         heun, FLOW, timesteps("shifted", 8, FLOW.schedule, shift=shift, end=twice(shift)), start
     )
-    np.testing.assert_allclose(heard, reference_timesteps, atol=1e-6)
+    np.testing.assert_allclose(evaluated, reference_timesteps, atol=1e-6)
     assert difference(actual, reference) < 1e-9
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_flow_multistep(order: int, shift: float, double: Callable[[str], Any]) -> None:
-    """DPM-Solver++ begins at the time 0.999 shifted, UniPC at 1 - 1e-6. Their networks are told
-    whole timesteps, rounded down.
+    """DPM-Solver++ begins at the time 0.999 shifted, UniPC at 1 - 1e-6.
+
+    Networks of diffusers take whole timesteps, rounded down.
     """
     values = {
         "use_flow_sigmas": True,
@@ -807,7 +835,7 @@ def test_flow_multistep(order: int, shift: float, double: Callable[[str], Any]) 
     start = next(noise_draws(9))
     scheduler = double("DPMSolverMultistepScheduler")(**values)
     scheduler.set_timesteps(10)
-    reference, reference_timesteps = their_run(scheduler, start)
+    reference, reference_timesteps = diffusers_run(scheduler, start)
     times = timesteps("shifted", 10, FLOW.schedule, start=shifted_time(0.999, shift), shift=shift)
     samplers: dict[int, tuple[Any, dict[str, Any]]] = {
         1: (euler, {}),
@@ -815,16 +843,16 @@ def test_flow_multistep(order: int, shift: float, double: Callable[[str], Any]) 
         3: (dpmpp_3m, {"solver": "midpoint", "lower_order_final": True}),
     }
     sampler, options = samplers[order]
-    actual, _ = our_run(sampler, FLOW, times, start, reference_timesteps, **options)
+    actual, _ = sfumato_run(sampler, FLOW, times, start, reference_timesteps, **options)
     assert difference(actual, reference) < 1e-9
     assert reference_timesteps == [math.floor(1000 * t) for t in times[:-1]]
 
     scheduler = double("UniPCMultistepScheduler")(**values)
     scheduler.set_timesteps(10)
-    reference, reference_timesteps = their_run(scheduler, start)
+    reference, reference_timesteps = diffusers_run(scheduler, start)
     times = timesteps("shifted", 11, FLOW.schedule, shift=shift, end=shifted_time(0.001, shift))
     times = [1 - 1e-6, *times[1:10], 0.0]
-    actual, _ = our_run(unipc, FLOW, times, start, reference_timesteps, order=order)
+    actual, _ = sfumato_run(unipc, FLOW, times, start, reference_timesteps, order=order)
     assert difference(actual, reference) < 1e-8
     assert reference_timesteps == [math.floor(1000 * t) for t in times[:-1]]
 
@@ -834,7 +862,7 @@ def test_flow_multistep(order: int, shift: float, double: Callable[[str], Any]) 
 
 @pytest.mark.parametrize("kind", ["karras", "exponential"])
 @pytest.mark.parametrize(
-    ("name", "sampler", "config", "actual"),
+    ("name", "sampler", "config", "options"),
     [
         ("EDMEuler", euler, {}, {}),
         ("EDMDPMSolverMultistep", euler, {"solver_order": 1}, {}),
@@ -858,7 +886,7 @@ def test_edm(
     name: str,
     sampler: Any,
     config: dict[str, Any],
-    actual: dict[str, Any],
+    options: dict[str, Any],
     kind: str,
     double: Callable[[str], Any],
 ) -> None:
@@ -867,10 +895,12 @@ def test_edm(
     scheduler = double(name + "Scheduler")(sigma_schedule=kind, **config)
     scheduler.set_timesteps(10)
     start = 80 * next(noise_draws(9))
-    reference, reference_timesteps = their_run(scheduler, start)
-    mine, heard = our_run(sampler, process, timesteps(kind, 10, process.schedule), start, **actual)
-    np.testing.assert_allclose(heard, reference_timesteps, atol=1e-6)
-    assert difference(mine, reference) < 1e-9
+    reference, reference_timesteps = diffusers_run(scheduler, start)
+    latents, evaluated = sfumato_run(
+        sampler, process, timesteps(kind, 10, process.schedule), start, **options
+    )
+    np.testing.assert_allclose(evaluated, reference_timesteps, atol=1e-6)
+    assert difference(latents, reference) < 1e-9
 
 
 def test_score_sde_ve(double: Callable[[str], Any]) -> None:
@@ -890,7 +920,7 @@ def test_score_sde_ve(double: Callable[[str], Any]) -> None:
         reference.append(x)
         score = -network(x / 40, level) / level
         x, result = scheduler.step_pred(score, timestep, x, return_dict=False)
-    # without the last noise, which theirs adds and its pipeline leaves out
+    # without the last noise, which the scheduler adds and its pipeline leaves out
     assert result is not None
     noise, actual = noise_draws(), []
 
@@ -909,16 +939,16 @@ def test_score_sde_ve(double: Callable[[str], Any]) -> None:
 
 
 def test_consistency_models(double: Callable[[str], Any]) -> None:
-    """Theirs ends at sigma_min and adds sqrt(sigma^2 - sigma_min^2) of noise (Song et al. 2023,
-    algorithm 1); ours ends at 0, with sigma.
+    """diffusers ends at sigma_min, sfumato at 0.
 
-    With times at the levels of that noise the latents are the same, if the network is told what
-    theirs is.
+    diffusers adds sqrt(sigma^2 - sigma_min^2) of noise (Song et al. 2023, algorithm 1), sfumato
+    sigma. With times at the levels of that noise, and with the same timesteps for the network, the
+    latents are the same.
     """
     scheduler = double("CMStochasticIterativeScheduler")(clip_denoised=False)
     scheduler.set_timesteps(4)
     start = 80 * next(noise_draws(9))
-    reference, reference_timesteps = their_run(scheduler, start)
+    reference, reference_timesteps = diffusers_run(scheduler, start)
     chosen, levels = schedule("edm"), scheduler.sigmas.tolist()
     times = [
         chosen.at_noise_level(level)
@@ -946,13 +976,13 @@ def test_consistency_models(double: Callable[[str], Any]) -> None:
 COUNTS = [1, 2, 3, 4, 5, 7, 10, 20, 25, 28, 30, 50, 99, 100, 250, 333, 500, 600, 999, 1000]
 
 
-def their_timesteps(name: str, steps: int, **options: Any) -> np.ndarray:
+def diffusers_timesteps(name: str, steps: int, **options: Any) -> np.ndarray:
     made = getattr(diffusers, name + "Scheduler")(**options)
     made.set_timesteps(steps)
     return made.timesteps.numpy()
 
 
-def our_timesteps(spacing: str, steps: int, **options: Any) -> np.ndarray:
+def sfumato_timesteps(spacing: str, steps: int, **options: Any) -> np.ndarray:
     chosen = TABLES["linear"][1]
     return chosen.timestep(
         torch.tensor(timesteps(spacing, steps, chosen, **options)[:-1], dtype=DOUBLE)
@@ -961,62 +991,75 @@ def our_timesteps(spacing: str, steps: int, **options: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("steps", COUNTS)
 def test_trailing_timesteps(steps: int) -> None:
-    """Theirs are rounded to whole timesteps; ours are where that is asked for, as the schedule is
-    continuous.
+    """diffusers rounds to whole timesteps, sfumato with `whole=True` only.
+
+    Its schedule is continuous.
     """
-    reference = their_timesteps("DDIM", steps, **TRAILING)
-    np.testing.assert_allclose(our_timesteps("trailing", steps, whole=True), reference, atol=1e-9)
+    reference = diffusers_timesteps("DDIM", steps, **TRAILING)
     np.testing.assert_allclose(
-        our_timesteps("trailing", steps), reference, atol=1e-9 if 1000 % steps == 0 else 0.5 + 1e-9
+        sfumato_timesteps("trailing", steps, whole=True), reference, atol=1e-9
+    )
+    np.testing.assert_allclose(
+        sfumato_timesteps("trailing", steps),
+        reference,
+        atol=1e-9 if 1000 % steps == 0 else 0.5 + 1e-9,
     )
 
 
 @pytest.mark.parametrize("steps", COUNTS)
 @pytest.mark.parametrize("offset", [0, 1])
 def test_leading_timesteps(steps: int, offset: int) -> None:
-    """Where an offset takes theirs beyond the table (1000 steps, offset 1: timestep 1000, issue
-    10003), ours are refused.
+    """An offset beyond the table is refused.
+
+    That is timestep 1000 with 1000 steps and offset 1 (issue 10003).
     """
-    reference = their_timesteps("DDIM", steps, steps_offset=offset, **LEADING)
+    reference = diffusers_timesteps("DDIM", steps, steps_offset=offset, **LEADING)
     if reference.max() > 999:
         with pytest.raises(UserError, match="has no 1000 different times"):
-            our_timesteps("leading", steps, offset=offset)
+            sfumato_timesteps("leading", steps, offset=offset)
     else:
         np.testing.assert_allclose(
-            our_timesteps("leading", steps, offset=offset), reference, atol=1e-9
+            sfumato_timesteps("leading", steps, offset=offset), reference, atol=1e-9
         )
     if steps + 1 + offset <= 1000:
-        reference = their_timesteps("DPMSolverMultistep", steps, steps_offset=offset, **LEADING)
+        reference = diffusers_timesteps("DPMSolverMultistep", steps, steps_offset=offset, **LEADING)
         np.testing.assert_allclose(
-            our_timesteps("leading", steps, offset=offset, drop_last=True), reference, atol=1e-9
+            sfumato_timesteps("leading", steps, offset=offset, drop_last=True), reference, atol=1e-9
         )
 
 
 @pytest.mark.parametrize("steps", COUNTS)
 def test_linspace_timesteps(steps: int) -> None:
-    """For a single step theirs begins at timestep 0, where there is nothing left to remove; ours at
-    the full noise.
+    """A single step begins at timestep 0 in diffusers, at the full noise in sfumato.
+
+    There is nothing left to remove at timestep 0.
     """
-    actual, reference = our_timesteps("linspace", steps), their_timesteps("DDIM", steps, **LINSPACE)
+    actual, reference = (
+        sfumato_timesteps("linspace", steps),
+        diffusers_timesteps("DDIM", steps, **LINSPACE),
+    )
     if steps == 1:
         assert (actual, reference) == ([999], [0])
     else:
         np.testing.assert_allclose(actual, reference, atol=1e-9)
         np.testing.assert_allclose(
-            our_timesteps("linspace", steps, whole=False),
-            their_timesteps("EulerDiscrete", steps),
+            sfumato_timesteps("linspace", steps, whole=False),
+            diffusers_timesteps("EulerDiscrete", steps),
             atol=1e-4,
         )
     if steps < 1000:
         np.testing.assert_allclose(
-            our_timesteps("linspace", steps, drop_last=True),
-            their_timesteps("DPMSolverMultistep", steps),
+            sfumato_timesteps("linspace", steps, drop_last=True),
+            diffusers_timesteps("DPMSolverMultistep", steps),
             atol=1e-9,
         )
 
 
 def test_halves_are_rounded_alike() -> None:
-    """Where a timestep falls between two whole ones, at a third of all numbers of steps."""
+    """A timestep falls between two whole ones at a third of all numbers of steps.
+
+    Both libraries round it to the same.
+    """
     chosen, expected = TABLES["linear"][1], diffusers.DPMSolverMultistepScheduler()
     for steps in range(1, 1000, 3):
         expected.set_timesteps(steps)
@@ -1027,9 +1070,7 @@ def test_halves_are_rounded_alike() -> None:
 @pytest.mark.parametrize("kind", ["linear", "scaled_linear"])
 @pytest.mark.parametrize("steps", [2, 3, 9, 30])
 def test_noise_levels(steps: int, kind: str, double: Callable[[str], Any]) -> None:
-    """Karras et al.'s, exponential and beta levels, and their timesteps, at more numbers of
-    steps.
-    """
+    """Karras et al.'s, exponential and beta levels, and their timesteps, at more steps."""
     chosen = TABLES[kind][1]
     levels: dict[str, dict[str, Any]] = {"karras": {}, "exponential": {}, "beta": {"over": "noise"}}
     for spacing, options in levels.items():
@@ -1046,7 +1087,7 @@ def test_noise_levels(steps: int, kind: str, double: Callable[[str], Any]) -> No
         )
 
 
-# ---- differences: each test fails when theirs changes --------------------------------------------
+# ---- differences: each test fails when diffusers changes -----------------------------------------
 
 SD_TABLE, SCALED = TABLES["scaled_linear"]
 
@@ -1059,9 +1100,10 @@ def first_step(scheduler: Any, start: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["DDIM", "PNDM"])
-def test_they_step_by_a_fixed_stride(name: str, double: Callable[[str], Any]) -> None:
-    """From 999 theirs goes to 999 - 100 and says that it is at 888: the timesteps are spaced
-    evenly, the steps as for "leading".
+def test_diffusers_steps_by_a_fixed_stride(name: str, double: Callable[[str], Any]) -> None:
+    """From 999 diffusers goes to 999 - 100 and calls it 888.
+
+    The timesteps are spaced evenly, the steps as for "leading".
     """
     clip = {"clip_sample": False} if name == "DDIM" else {"skip_prk_steps": True}
     scheduler, start = (
@@ -1072,7 +1114,7 @@ def test_they_step_by_a_fixed_stride(name: str, double: Callable[[str], Any]) ->
     assert scheduler.timesteps[:2].tolist() == [999, 888]
     process = Process(SCALED, parameterization("eps"))
     to = {
-        timestep: our_run(ddim, process, [1.0, at(timestep)], start)[0][-1]
+        timestep: sfumato_run(ddim, process, [1.0, at(timestep)], start)[0][-1]
         for timestep in (899, 888)
     }
     reference = first_step(scheduler, start)
@@ -1082,7 +1124,7 @@ def test_they_step_by_a_fixed_stride(name: str, double: Callable[[str], Any]) ->
 @pytest.mark.parametrize(
     ("spacing", "config", "space"), [("trailing", TRAILING, {}), ("leading", SD, {"offset": 1})]
 )
-def test_they_leave_noise_at_the_end(
+def test_diffusers_leaves_noise_at_the_end(
     spacing: str, config: Any, space: Any, double: Callable[[str], Any]
 ) -> None:
     """DDPM's larger variance is added in the last step too if that begins above timestep 0, and
@@ -1091,8 +1133,8 @@ def test_they_leave_noise_at_the_end(
     case = Case("DDPM", ddpm, spacing, {"variance_type": "fixed_large", **config}, space)
     scheduler = case.scheduler(double("DDPMScheduler"), "scaled_linear", "v_prediction")
     start, times = next(noise_draws(9)), case.times(SCALED)
-    reference, _ = their_run(scheduler, start)
-    actual, _ = our_run(
+    reference, _ = diffusers_run(scheduler, start)
+    actual, _ = sfumato_run(
         ddpm, Process(SCALED, parameterization("v")), times, start, variance="large"
     )
     assert difference(actual[:-1], reference[:-1]) < 1e-9
@@ -1101,9 +1143,12 @@ def test_they_leave_noise_at_the_end(
 
 
 @pytest.mark.parametrize("name", ["EulerDiscrete", "HeunDiscrete", "LMSDiscrete"])
-def test_between_timesteps_they_interpolate_sigma(name: str, double: Callable[[str], Any]) -> None:
-    """Ours is linear in log-SNR, as their own way back from sigma to timesteps is. Told their
-    levels, ours makes their latents.
+def test_diffusers_interpolates_sigma_between_timesteps(
+    name: str, double: Callable[[str], Any]
+) -> None:
+    """sfumato is linear in log-SNR, like diffusers' own way back from sigma to timesteps.
+
+    At the levels of diffusers it makes the same latents.
     """
     scheduler = double(name + "Scheduler")(**SD_TABLE)
     scheduler.set_timesteps(8)
@@ -1117,8 +1162,8 @@ def test_between_timesteps_they_interpolate_sigma(name: str, double: Callable[[s
     assert 1e-7 < apart.max() < 1e-3
     start, process = next(noise_draws(9)), Process(SCALED, parameterization("eps"))
     same = [1.0, *(SCALED.at_noise_level(sigma) for sigma in sigmas[1:])]
-    reference, reference_timesteps = their_run(scheduler, start / SCALED.point(1.0)[0])
-    actual, _ = our_run(
+    reference, reference_timesteps = diffusers_run(scheduler, start / SCALED.point(1.0)[0])
+    actual, _ = sfumato_run(
         {"E": euler, "H": heun, "L": lms}[name[0]], process, same, start, reference_timesteps
     )
     assert difference(actual, reference) < 1e-9
@@ -1128,8 +1173,9 @@ def test_between_timesteps_they_interpolate_sigma(name: str, double: Callable[[s
 def test_networks_of_diffusers_take_whole_timesteps(
     name: str, double: Callable[[str], Any]
 ) -> None:
-    """By noise level: the latents are at the levels asked for, and the network is told the timestep
-    nearest (Karras) or below (others).
+    """By noise level, the timestep of the network is not that of the latents.
+
+    It is the nearest whole one (Karras) or the one below (others).
     """
     for spacing, rounded in (("karras", np.round), ("exponential", np.floor)):
         scheduler = double(name + "Scheduler")(**SD_TABLE, **{f"use_{spacing}_sigmas": True})
@@ -1144,9 +1190,10 @@ def test_networks_of_diffusers_take_whole_timesteps(
 
 
 @pytest.mark.parametrize(("name", "sampler"), [("HeunDiscrete", heun), ("PNDM", pndm)])
-def test_their_steps_from_nothing_overshoot(name: str, sampler: Callable[..., Any]) -> None:
-    """Unit data, whose exact x0 is alpha x: what is drawn should stay near 1. At cosine's end alpha
-    is 5e-5.
+def test_diffusers_steps_from_nothing_overshoot(name: str, sampler: Callable[..., Any]) -> None:
+    """Unit data, whose exact x0 is alpha x: the result should stay near 1.
+
+    At cosine's end alpha is 5e-5.
     """
     chosen, steps = TABLES["cosine"][1], 20
     scheduler = getattr(diffusers, name + "Scheduler")(
@@ -1174,7 +1221,7 @@ def test_their_steps_from_nothing_overshoot(name: str, sampler: Callable[..., An
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistep", "DEISMultistep"])
-def test_their_whole_timesteps_collide(name: str) -> None:
+def test_diffusers_whole_timesteps_collide(name: str) -> None:
     """Issue 12771: the first level is looked up by its timestep, and where two have the same the
     second is taken.
     """
@@ -1184,24 +1231,28 @@ def test_their_whole_timesteps_collide(name: str) -> None:
     scheduler.set_timesteps(20)
     assert len(set(scheduler.timesteps.tolist())) < 20
     with pytest.raises(IndexError, match="out of bounds"):
-        their_run(scheduler, next(noise_draws(9)).float())
+        diffusers_run(scheduler, next(noise_draws(9)).float())
     assert len(set(timesteps("karras", 20, TABLES["cosine"][1]))) == 21
 
 
 @pytest.mark.parametrize("name", ["DDIM", "DDPM", "EulerDiscrete", "DPMSolverMultistep"])
-def test_their_trailing_steps_are_summed_in_floating_point(name: str) -> None:
+def test_diffusers_trailing_steps_are_summed_in_floating_point(name: str) -> None:
     """np.arange with a step of 1000/61 runs one too far, to timestep -1; with 1000/48 four
     timesteps are rounded the other way.
     """
-    assert their_timesteps(name, 61, **TRAILING)[-2:].tolist() == [15, -1]
-    assert our_timesteps("trailing", 61, whole=True)[-1] == pytest.approx(15)
-    apart = our_timesteps("trailing", 48, whole=True) - their_timesteps(name, 48, **TRAILING)
+    assert diffusers_timesteps(name, 61, **TRAILING)[-2:].tolist() == [15, -1]
+    assert sfumato_timesteps("trailing", 61, whole=True)[-1] == pytest.approx(15)
+    apart = sfumato_timesteps("trailing", 48, whole=True) - diffusers_timesteps(
+        name, 48, **TRAILING
+    )
     assert np.count_nonzero(apart.round()) == 4 and np.abs(apart).max() == pytest.approx(1)
 
 
-def test_their_third_order_sde_has_a_sign_wrong(double: Callable[[str], Any]) -> None:
-    """The second difference weighs alpha ((1 - e^-2h - 2h)/(2h)^2 + 1/2), as at eta 0; theirs
-    subtracts the half. k-diffusion adds it.
+def test_diffusers_third_order_sde_has_a_sign_wrong(double: Callable[[str], Any]) -> None:
+    """diffusers subtracts half of a term that k-diffusion adds.
+
+    The second difference weighs alpha ((1 - e^-2h - 2h)/(2h)^2 + 1/2), as at eta 0; diffusers
+    subtracts the half.
     """
     case = Case(
         "DPMSolverMultistep",
@@ -1210,8 +1261,8 @@ def test_their_third_order_sde_has_a_sign_wrong(double: Callable[[str], Any]) ->
     )
     scheduler = case.scheduler(double("DPMSolverMultistepScheduler"), "scaled_linear", "sample")
     times, start = timesteps("trailing", 10, SCALED), next(noise_draws(9))
-    reference, reference_timesteps = their_run(scheduler, start)
-    actual, _ = our_run(
+    reference, reference_timesteps = diffusers_run(scheduler, start)
+    actual, _ = sfumato_run(
         dpmpp_3m_sde, Process(SCALED, parameterization("x0")), times, start, solver="midpoint"
     )
     assert difference(actual[:3], reference[:3]) < 1e-9
@@ -1225,51 +1276,51 @@ def test_their_third_order_sde_has_a_sign_wrong(double: Callable[[str], Any]) ->
     torch.testing.assert_close(actual[3] - reference[3], SCALED.point(times[3])[0] * second)
 
 
-def test_their_third_order_sde_of_edm_is_missing(double: Callable[[str], Any]) -> None:
+def test_diffusers_third_order_sde_of_edm_is_missing(double: Callable[[str], Any]) -> None:
     scheduler = double("EDMDPMSolverMultistepScheduler")(
         solver_order=3, algorithm_type="sde-dpmsolver++"
     )
     scheduler.set_timesteps(5)
     with pytest.raises(UnboundLocalError):
-        their_run(scheduler, next(noise_draws(9)))
+        diffusers_run(scheduler, next(noise_draws(9)))
 
 
 @pytest.mark.parametrize(
-    ("config", "actual"),
+    ("config", "options"),
     [
         ({"solver_type": "bh1"}, {"variant": "bh1"}),
         ({"lower_order_final": False}, {"lower_order_final": False}),
     ],
 )
-def test_their_unipc_is_not_finite_at_zero(
-    config: dict[str, Any], actual: dict[str, Any], double: Callable[[str], Any]
+def test_diffusers_unipc_is_not_finite_at_zero(
+    config: dict[str, Any], options: dict[str, Any], double: Callable[[str], Any]
 ) -> None:
-    """At sigma 0 the step in log-SNR is infinite, and B(h) = -h of "bh1" with it, or the ratios to
-    it of the second order: inf times 0.
+    """At sigma 0 the step in log-SNR is infinite: inf times 0.
 
-    Ours makes that step as the first order does, which is exact there.
+    So is B(h) = -h of "bh1", or the ratios to it of the second order. sfumato makes that step of
+    first order, which is exact there.
     """
     scheduler = double("UniPCMultistepScheduler")(**SD_TABLE, **TRAILING, **config)
     scheduler.set_timesteps(10)
     start = next(noise_draws(9))
-    reference, _ = their_run(scheduler, start)
-    mine, _ = our_run(
+    reference, _ = diffusers_run(scheduler, start)
+    latents, _ = sfumato_run(
         unipc,
         Process(SCALED, parameterization("eps")),
         timesteps("trailing", 10, SCALED),
         start,
-        **actual,
+        **options,
     )
-    assert difference(mine[:-1], reference[:-1]) < 1e-9
-    assert not bool(reference[-1].isfinite().any()) and bool(mine[-1].isfinite().all())
+    assert difference(latents[:-1], reference[:-1]) < 1e-9
+    assert not bool(reference[-1].isfinite().any()) and bool(latents[-1].isfinite().all())
 
 
-def test_their_third_order_singlestep(double: Callable[[str], Any]) -> None:
-    """Its second point is reached by the midpoint rule; the paper's (arXiv:2206.00927, algorithm 2)
-    by the rule of exponential integrators.
+def test_diffusers_third_order_singlestep(double: Callable[[str], Any]) -> None:
+    """The second point of diffusers is reached by the midpoint rule.
 
-    Levels in equal ratios put theirs at 1/3 and 2/3 of a step, as ours. (3n - 1 steps ended in NaN
-    until 0.33, issue 9007: no more.)
+    The paper's (arXiv:2206.00927, algorithm 2) is by the rule of exponential integrators. Levels in
+    equal ratios put it at 1/3 and 2/3 of a step in both. (3n - 1 steps ended in NaN until 0.33,
+    issue 9007: no more.)
     """
     options = {"use_exponential_sigmas": True, "solver_order": 3}
     scheduler = double("DPMSolverSinglestepScheduler")(
@@ -1277,17 +1328,17 @@ def test_their_third_order_singlestep(double: Callable[[str], Any]) -> None:
     )
     scheduler.set_timesteps(7)
     start = next(noise_draws(9))
-    reference, reference_timesteps = their_run(scheduler, start)
+    reference, reference_timesteps = diffusers_run(scheduler, start)
     times = [*timesteps("exponential", 3, SCALED)[:2], at(0)]
     process = Process(SCALED, parameterization("eps"))
-    actual, _ = our_run(dpm_solver_3, process, times, start, reference_timesteps)
+    actual, _ = sfumato_run(dpm_solver_3, process, times, start, reference_timesteps)
     assert (
         difference(actual[:2], reference[:2])
         < 1e-9
         < 1e-2
         < difference(actual[2:3], reference[2:3])
     )
-    midpoint, _ = our_run(
+    midpoint, _ = sfumato_run(
         dpm_solver_2,
         process,
         [1.0, SCALED.at_noise_level(float(scheduler.sigmas[2]))],
@@ -1299,12 +1350,13 @@ def test_their_third_order_singlestep(double: Callable[[str], Any]) -> None:
         **SD_TABLE, solver_order=3, lower_order_final=True
     )
     scheduler.set_timesteps(11)
-    assert bool(their_run(scheduler, start)[0][-1].isfinite().all())
+    assert bool(diffusers_run(scheduler, start)[0][-1].isfinite().all())
 
 
-def test_their_churn_comes_after_the_network(double: Callable[[str], Any]) -> None:
-    """Karras et al.'s algorithm 2 asks the network about the noisier latent, at its level. Theirs
-    adds the noise when it has its answer.
+def test_diffusers_churn_comes_after_the_network(double: Callable[[str], Any]) -> None:
+    """diffusers adds the noise of churn after the network call.
+
+    Karras et al.'s algorithm 2 evaluates the network on the noisier latent, at its level.
     """
     scheduler = double("EulerDiscreteScheduler")(**SD_TABLE, **TRAILING)
     scheduler.set_timesteps(10)
@@ -1326,9 +1378,11 @@ def test_their_churn_comes_after_the_network(double: Callable[[str], Any]) -> No
     torch.testing.assert_close(reference, noisy + (after - higher) * (noisy - x0) / higher)
 
 
-def test_their_flows_are_shifted_twice(double: Callable[[str], Any]) -> None:
-    """Issue 13243: the least time is shifted when the scheduler is made and again when a run is
-    spaced. Ours says it with `end`.
+def test_diffusers_flows_are_shifted_twice(double: Callable[[str], Any]) -> None:
+    """Issue 13243: the least time is shifted twice.
+
+    It is shifted when the scheduler is built and again when a run is spaced. `end` gives sfumato
+    the same time.
     """
     for name in ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete"):
         scheduler = double(name + "Scheduler")(shift=3.0)
@@ -1340,18 +1394,18 @@ def test_their_flows_are_shifted_twice(double: Callable[[str], Any]) -> None:
 
 
 def test_eps_at_zero_terminal_snr(double: Callable[[str], Any]) -> None:
-    """Issue 3851: theirs divides by 0 and goes on; ours does not build such a process."""
-    reference, _ = their_run(zero_snr("DDIM", double, "epsilon"), next(noise_draws(9)))
+    """Issue 3851: diffusers divides by 0 and goes on; sfumato refuses such a process."""
+    reference, _ = diffusers_run(zero_snr("DDIM", double, "epsilon"), next(noise_draws(9)))
     assert not bool(reference[1].isfinite().any())
     with pytest.raises(UserError, match="cannot be solved"):
         Process(ZeroTerminalSNR(SCALED), parameterization("eps"))
 
 
-def test_their_nearly_zero_snr_can_rise_again(double: Callable[[str], Any]) -> None:
-    """With the linear betas the table falls below 2^-24 before its end, which is put there: the
-    last level is quieter than the two before.
+def test_diffusers_nearly_zero_snr_can_rise_again(double: Callable[[str], Any]) -> None:
+    """The last level is quieter than the two before.
 
-    Ours falls to the end.
+    With the linear betas the table falls below 2^-24 before its end, where diffusers puts 2^-24.
+    The table of sfumato falls to the end.
     """
     scheduler = double("EulerDiscreteScheduler")(rescale_betas_zero_snr=True)
     levels = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()
@@ -1365,9 +1419,10 @@ def test_their_nearly_zero_snr_can_rise_again(double: Callable[[str], Any]) -> N
 
 
 @pytest.mark.parametrize("sampler", [plms, pndm])
-def test_their_pndm_reads_v_at_one_point(sampler: Any, double: Callable[[str], Any]) -> None:
-    """A mean of v from several points is turned into noise with the coefficients and the latent of
-    one; ours turns each at its own.
+def test_diffusers_pndm_reads_v_at_one_point(sampler: Any, double: Callable[[str], Any]) -> None:
+    """diffusers turns a mean of v from several points into noise at one of them.
+
+    It uses the coefficients and the latent of that one; sfumato turns each v at its own point.
     """
     case = Case(
         "PNDM",
@@ -1377,8 +1432,10 @@ def test_their_pndm_reads_v_at_one_point(sampler: Any, double: Callable[[str], A
     )
     scheduler = case.scheduler(double("PNDMScheduler"), "scaled_linear", "v_prediction")
     start = next(noise_draws(9))
-    reference, _ = their_run(scheduler, start)
-    actual, _ = our_run(sampler, Process(SCALED, parameterization("v")), case.times(SCALED), start)
+    reference, _ = diffusers_run(scheduler, start)
+    actual, _ = sfumato_run(
+        sampler, Process(SCALED, parameterization("v")), case.times(SCALED), start
+    )
     assert (
         difference(actual[:2], reference[:2])
         < 1e-9
@@ -1387,9 +1444,11 @@ def test_their_pndm_reads_v_at_one_point(sampler: Any, double: Callable[[str], A
     )
 
 
-def test_their_inversion_reads_v_at_the_wrong_end(double: Callable[[str], Any]) -> None:
-    """The network is told the timestep that the step goes to, and its v is turned into noise with
-    the coefficients that it comes from.
+def test_diffusers_inversion_reads_v_at_the_wrong_end(double: Callable[[str], Any]) -> None:
+    """diffusers evaluates v at the target of a step and reads it at the origin.
+
+    The network takes the timestep that the step goes to; its v is turned into noise with the
+    coefficients of the timestep that the step comes from.
     """
     scheduler = double("DDIMInverseScheduler")(
         **SD_TABLE, prediction_type="v_prediction", clip_sample=False
@@ -1401,30 +1460,32 @@ def test_their_inversion_reads_v_at_the_wrong_end(double: Callable[[str], Any]) 
     torch.testing.assert_close(
         reference, there[0] * (here[0] * x - here[1] * y) + there[1] * (here[0] * y + here[1] * x)
     )
-    actual, _ = our_run(
+    actual, _ = sfumato_run(
         ddim_inversion, Process(SCALED, parameterization("v")), [at(500), at(400)], x
     )
     assert difference(actual[-1:], [reference]) > 1e-2
 
 
-def test_their_tcd_with_eta_one_keeps_the_least_noise(double: Callable[[str], Any]) -> None:
-    """Each step of theirs goes to timestep 0 before noise is added, ours to the clean latent:
-    consistency sampling, as the paper says.
+def test_diffusers_tcd_with_eta_one_keeps_the_least_noise(double: Callable[[str], Any]) -> None:
+    """Each step of diffusers goes to timestep 0 before noise is added.
+
+    sfumato goes to the clean latent: consistency sampling, as in the paper.
     """
     case = Case("TCD", tcd, "lcm", steps=4, end=at(0))
     scheduler = case.scheduler(double("TCDScheduler"), "scaled_linear", "v_prediction")
     start, process = next(noise_draws(9)), Process(SCALED, parameterization("v"))
-    reference, _ = their_run(scheduler, start, eta=1.0)
-    actual, _ = our_run(tcd, process, case.times(SCALED), start, eta=1.0)
-    plain, _ = our_run(consistency, process, [*case.times(SCALED)[:-1], 0.0], start)
+    reference, _ = diffusers_run(scheduler, start, eta=1.0)
+    actual, _ = sfumato_run(tcd, process, case.times(SCALED), start, eta=1.0)
+    plain, _ = sfumato_run(consistency, process, [*case.times(SCALED)[:-1], 0.0], start)
     assert difference(actual[:-1], plain[:-1]) < 1e-12
     assert 1e-4 < difference(actual[:-1], reference[:-1]) < 0.05
 
 
 @pytest.mark.parametrize(("config", "size"), [(TRAILING, 14.6), (LINSPACE, 14.6), (LEADING, 12.0)])
-def test_their_first_noise(config: dict[str, Any], size: float) -> None:
-    """In x/alpha theirs begins with noise of sigma (even spacings) or sqrt(sigma^2 + 1) (leading);
-    ours is always the second.
+def test_diffusers_first_noise(config: dict[str, Any], size: float) -> None:
+    """In x/alpha diffusers begins with noise of sigma or of sqrt(sigma^2 + 1).
+
+    The first is for even spacings, the second for leading; sfumato always takes the second.
     """
     scheduler = diffusers.EulerDiscreteScheduler(**SD_TABLE, **config)
     scheduler.set_timesteps(10)
@@ -1434,9 +1495,10 @@ def test_their_first_noise(config: dict[str, Any], size: float) -> None:
     assert reference == pytest.approx(1 if config is LEADING else sigma / math.sqrt(sigma**2 + 1))
 
 
-def test_their_deis_repeats_its_last_level(double: Callable[[str], Any]) -> None:
-    """By noise level, DEIS asks once more at the least one, for a step of no length; and it never
-    goes to t = 0.
+def test_diffusers_deis_repeats_its_last_level(double: Callable[[str], Any]) -> None:
+    """By noise level, DEIS evaluates the least one twice, for a step of no length.
+
+    It never goes to t = 0.
     """
     for config in ({"use_karras_sigmas": True}, {"use_exponential_sigmas": True}):
         scheduler = double("DEISMultistepScheduler")(**SD_TABLE, **config)

@@ -1,9 +1,9 @@
-"""scheduler_config.json: a scheduler of diffusers built from it and our sampler, spacing and
-process read from it end at the same latents.
+"""A scheduler of diffusers and the sampler read from its config end at the same latents.
 
-The network is exact for Gaussian latents, and told a timestep by both. Their code runs in float64
-(`helpers.schedulers`), so that what agrees does so to 1e-9, and each greater tolerance is a
-difference with a reason (`DIFFERENT`, from the table of test_samplers.py).
+Sampler, spacing and process are read from scheduler_config.json. The network is exact for Gaussian
+latents and takes a timestep from both. diffusers runs in float64 (`helpers.schedulers`), so that
+what agrees does so to 1e-9, and each greater tolerance is a difference with a reason (`DIFFERENT`,
+from the list of test_samplers.py).
 """
 
 import inspect
@@ -47,7 +47,7 @@ from sfumato.diffuse.parameterization import edm, parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import BetaTable, Schedule, cosine, schedule, table
 from sfumato.diffuse.schedule_transforms import Shifted, ZeroTerminalSNR, dynamic_shift
-from sfumato.diffuse.timesteps import SPACINGS as OUR_SPACINGS
+from sfumato.diffuse.timesteps import SPACINGS as SFUMATO_SPACINGS
 from sfumato.diffuse.timesteps import timesteps
 from sfumato.errors import UserError
 from sfumato.sampling import Defaults
@@ -74,8 +74,9 @@ def double(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
 
 
 def network(process: Process) -> Callable[[Tensor, float], Tensor]:
-    """The exact network of Gaussian latents: what a process's target is on average, given the input
-    and the timestep.
+    """The exact network of Gaussian latents.
+
+    It returns the mean of the process's target, for the input and the timestep.
     """
 
     def answer(shown: Tensor, timestep: float) -> Tensor:
@@ -96,17 +97,17 @@ def times_of(recipe: SchedulerSpec, steps: int, tokens: int | None = None) -> li
     return timesteps(name, steps, recipe.process.schedule, **options)
 
 
-def our_run(
+def sfumato_run(
     recipe: SchedulerSpec, times: list[float], start: Tensor, at: list[float] | None = None
 ) -> Tensor:
-    """The final latents of our sampler; `at` replaces the timesteps of the network's calls."""
+    """The final latents of sfumato; `at` replaces the timesteps of the network's calls."""
     sampler, options = sampler_of(recipe.sampler)
     return step_sampler(
         sampler, recipe.process, times, network(recipe.process), start, at, **options
     )[0][-1]
 
 
-def their_run(scheduler: Any, process: Process, start: Tensor) -> Tensor:
+def diffusers_run(scheduler: Any, process: Process, start: Tensor) -> Tensor:
     return step_scheduler(scheduler, network(process), start)[-1]
 
 
@@ -114,14 +115,14 @@ def apart(
     made: Any,
     values: Mapping[str, Any],
     steps: int,
-    stated: bool = False,
+    diffusers_timesteps: bool = False,
     even: bool | None = None,
     **spaced: Any,
 ) -> float:
-    """How far the two ends are from each other, relative to their size; both begin at the same x.
+    """The distance of the two ends, relative to their size; both begin at the same x.
 
-    told: our network is told the (whole) timesteps that theirs is. spaced: what their
-    `set_timesteps` is given besides the steps.
+    diffusers_timesteps: sfumato's network takes the (whole) timesteps of diffusers. spaced:
+    arguments of diffusers' `set_timesteps` besides the steps.
     """
     recipe = read_scheduler(values, even)
     scheduler = made.from_config(values)
@@ -136,10 +137,12 @@ def apart(
     )
     start = start * math.hypot(*first)
     scaled = made.__name__.startswith(SCALED)
-    reference = their_run(scheduler, recipe.process, start / first[0] if scaled else start) * (
+    reference = diffusers_run(scheduler, recipe.process, start / first[0] if scaled else start) * (
         last[0] if scaled else 1
     )
-    actual = our_run(recipe, times, start, scheduler.timesteps.tolist() if stated else None)
+    actual = sfumato_run(
+        recipe, times, start, scheduler.timesteps.tolist() if diffusers_timesteps else None
+    )
     return float((actual - reference).norm() / reference.norm())
 
 
@@ -154,7 +157,7 @@ class Case:
 
     name: str
     fields: dict[str, Any] = field(default_factory=dict)
-    stated: bool = False
+    diffusers_timesteps: bool = False
     within: float = 1e-9
     why: str = ""
     steps: tuple[int, ...] = (7, 20)
@@ -247,7 +250,7 @@ CASES: list[Case] = [
         for s, p in zip(SPACINGS, ({}, V, {}, V), strict=True)
     ),
     *(
-        Case(name, s | level, stated=name.startswith("KDPM2"))
+        Case(name, s | level, diffusers_timesteps=name.startswith("KDPM2"))
         for name in OLD_LEVELS
         for i, level in enumerate(LEVELS)
         for s in ((SPACINGS[i], LINSPACE) if name == "EulerDiscrete" else (SPACINGS[i],))
@@ -272,7 +275,7 @@ CASES: list[Case] = [
         for s in (SPACINGS if not more else SPACINGS[i % 4 :][:1])
     ),
     *(
-        Case(name, x | more, stated=True)
+        Case(name, x | more, diffusers_timesteps=True)
         for i, (name, more) in enumerate(MULTISTEP)
         for x in (LEVELS if not more else LEVELS[i % 3 :][:1])
     ),
@@ -286,17 +289,17 @@ CASES: list[Case] = [
         for name in ("DPMSolverMultistep", "DEISMultistep")
     ),  # on either side of 15
     Case("UniPCMultistep", TRAILING | TO_NOISE | {"solver_type": "bh1"}),
-    Case("DPMSolverMultistep", {"use_lu_lambdas": True}, stated=True),
+    Case("DPMSolverMultistep", {"use_lu_lambdas": True}, diffusers_timesteps=True),
     Case("DPMSolverSinglestep", {"solver_order": 1}),
     *(
-        Case("DPMSolverMultistep", FLOW | {"solver_order": k}, stated=True, **LATE)
+        Case("DPMSolverMultistep", FLOW | {"solver_order": k}, diffusers_timesteps=True, **LATE)
         for k in (1, 2, 3)
     ),
     *(
         Case(
             "UniPCMultistep",
             FLOW | {"solver_order": k},
-            stated=True,
+            diffusers_timesteps=True,
             within=1e-3,
             why="theirs begins at 1 - 1e-6",
         )
@@ -338,7 +341,8 @@ def test_both_libraries_end_alike(case: Case, double: Callable[[str], Any]) -> N
     assert not read_scheduler(case.config, strict=True).notes
     for steps in case.steps:
         assert (
-            apart(double(case.name + "Scheduler"), case.config, steps, case.stated) < case.within
+            apart(double(case.name + "Scheduler"), case.config, steps, case.diffusers_timesteps)
+            < case.within
         ), case.why
 
 
@@ -359,9 +363,12 @@ DIFFERENT: list[tuple[Case, str]] = [
 
 
 @pytest.mark.parametrize(("case", "why"), DIFFERENT, ids=lambda value: str(value)[:60])
-def test_the_choice_of_cpu_attention(case: Case, why: str, double: Callable[[str], Any]) -> None:
-    """Defects of theirs that are not copied: this fails when they are mended, or when ours moves
-    without a word.
+def test_defects_of_diffusers_are_not_copied(
+    case: Case, why: str, double: Callable[[str], Any]
+) -> None:
+    """diffusers' result differs, for the reason beside each case.
+
+    The test fails when diffusers mends it, or when sfumato changes.
     """
     assert not read_scheduler(case.config, strict=True).notes
     assert all(
@@ -383,8 +390,9 @@ SIZES: list[tuple[int, dict[str, Any]]] = [
 def test_a_flow_shifted_by_the_images_size(
     even: bool, tokens: int, more: dict[str, Any], double: Callable[[str], Any]
 ) -> None:
-    """Even times as FLUX's pipelines give them, and the scheduler's own. mu is what the pipelines
-    compute of the config's four numbers.
+    """Even times as of FLUX's pipelines, and the scheduler's own.
+
+    mu is computed from the config's four numbers as by the pipelines.
     """
     config = {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
@@ -399,7 +407,7 @@ def test_a_flow_shifted_by_the_images_size(
     for steps in (1, 7, 20):
         scheduler = double("FlowMatchEulerDiscreteScheduler").from_config(config)
         if steps == 1 and more.get("shift_terminal"):
-            continue  # theirs stretches the only time, from which nothing can begin
+            continue  # diffusers stretches the only time, from which nothing can begin
         spaced = (
             {"sigmas": np.linspace(1, 1 / steps, steps)} if even else {"num_inference_steps": steps}
         )
@@ -407,8 +415,8 @@ def test_a_flow_shifted_by_the_images_size(
         np.testing.assert_allclose(times_of(recipe, steps, tokens), scheduler.sigmas, atol=1e-9)
     assert recipe.dynamic is not None and recipe.spacing == recipe.spacing_for(high)
     start = next(noise_draws(9))
-    reference = their_run(scheduler, recipe.process, start)
-    actual = our_run(recipe, times_of(recipe, 20, tokens), start)
+    reference = diffusers_run(scheduler, recipe.process, start)
+    actual = sfumato_run(recipe, times_of(recipe, 20, tokens), start)
     assert float((actual - reference).norm() / reference.norm()) < 1e-9
 
 
@@ -579,8 +587,9 @@ def test_published_families(family: str, double: Callable[[str], Any]) -> None:
 def test_a_read_config_is_written_so_that_diffusers_makes_the_same_run(
     case: Case, double: Callable[[str], Any]
 ) -> None:
-    """Their class built from what we write has the same times and levels as from the config that we
-    read, and we read the same again.
+    """A written config gives diffusers' class the times and levels of the config that was read.
+
+    sfumato reads the same from both.
     """
     recipe = read_scheduler(case.config)
     written = json.loads(
@@ -603,7 +612,7 @@ def test_a_read_config_is_written_so_that_diffusers_makes_the_same_run(
                 (
                     scheduler.timesteps,
                     getattr(scheduler, "sigmas", None),
-                    their_run(scheduler, recipe.process, x),
+                    diffusers_run(scheduler, recipe.process, x),
                 )
             )
         for once, again in zip(*results, strict=True):
@@ -616,7 +625,7 @@ def test_a_read_config_is_written_so_that_diffusers_makes_the_same_run(
             )
 
 
-NOT_REFERENCE: list[tuple[Process, str, str]] = [
+NOT_IN_DIFFUSERS: list[tuple[Process, str, str]] = [
     (Process(schedule("flow"), parameterization("flow")), "euler", "trailing"),
     (Process(schedule("flow"), parameterization("flow")), "unipc", "karras:rho=5"),
     (Process(schedule("flow"), parameterization("v")), "heun", "linspace"),
@@ -646,14 +655,15 @@ NOT_REFERENCE: list[tuple[Process, str, str]] = [
 
 @pytest.mark.parametrize(
     ("process", "sampler", "spacing"),
-    NOT_REFERENCE,
+    NOT_IN_DIFFUSERS,
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_runs_that_diffusers_has_not_come_back_too(
     process: Process, sampler: str, spacing: str, tmp_path: Path
 ) -> None:
-    """The process is in a class of theirs where there is one, and theirs opens it; the run is in a
-    note of ours.
+    """The run is in a note of sfumato's own.
+
+    The process is in a class of diffusers where there is one, and diffusers opens it.
     """
     written = write_scheduler(process, sampler, spacing)
     (tmp_path / "scheduler_config.json").write_text(json.dumps(written))
@@ -673,7 +683,7 @@ def test_runs_that_diffusers_has_not_come_back_too(
 
 
 def test_a_note_is_dropped_when_the_fields_beside_it_change() -> None:
-    """Who turns on Karras' levels, or another class, in a file that we wrote wants these."""
+    """An edited config (Karras' levels, another class) counts more than the note in it."""
     written = write_scheduler(
         Process(schedule("scaled_linear"), parameterization("eps")), "restart", "trailing"
     )
@@ -706,8 +716,8 @@ def test_dynamic_shifts_come_back(dynamic: DynamicShift) -> None:
 # ---- words and refusals --------------------------------------------------------------------------
 
 
-def test_we_know_every_field_of_their_classes_with_its_default() -> None:
-    """A field or a default that theirs changes is seen here."""
+def test_every_field_of_diffusers_classes_is_listed_with_its_default() -> None:
+    """A field or a default that diffusers changes fails here."""
     for name, actual in CLASSES.items():
         reference = {
             k: p.default
@@ -755,8 +765,9 @@ NOTED: list[tuple[str, dict[str, Any], str, str]] = [
 def test_differences_are_reported(
     name: str, fields: dict[str, Any], sampler: str, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A warning with the nearest; an error where that is asked for; nothing where only the process
-    is.
+    """A warning with the nearest sampler; an error in strict mode.
+
+    Nothing is reported where only the process is read.
     """
     config = Case(name, fields).config
     with caplog.at_level(logging.WARNING, "sfumato"):
@@ -806,7 +817,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("name", "fields", "words"), REFUSED)
-def test_what_we_do_not_stand_for_is_refused(name: str, fields: dict[str, Any], words: str) -> None:
+def test_unsupported_fields_are_refused(name: str, fields: dict[str, Any], words: str) -> None:
     good = Case(name, {}).config
     read_scheduler(good, strict=True)
     with pytest.raises(UserError, match=words) as caught:
@@ -888,8 +899,9 @@ def test_any_config_is_read_or_refused_in_one_sentence(name: str, data: st.DataO
 
 
 def test_noise_predicted_at_a_nearly_zero_terminal_snr() -> None:
-    """Classes that rescale to exactly zero cannot say it, and are passed over when it is
-    written.
+    """Classes that rescale to exactly zero cannot hold it.
+
+    They are passed over when the config is written.
     """
     recipe = read_scheduler(
         {"_class_name": "DPMSolverMultistepScheduler", "rescale_betas_zero_snr": True}
@@ -903,21 +915,21 @@ def test_noise_predicted_at_a_nearly_zero_terminal_snr() -> None:
 
 
 def test_both_ways_for_processes_alone() -> None:
-    """`to_scheduler_config` says no more than the process: what models were saved with, and are
-    told apart by.
-    """
+    """`to_scheduler_config` writes the process alone, by which saved models are told apart."""
     assert to_scheduler_config(Process(schedule("flow"), parameterization("flow"))) == {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "num_train_timesteps": 1000,
         "shift": 1.0,
     }
-    for process, _, _ in NOT_REFERENCE:
+    for process, _, _ in NOT_IN_DIFFUSERS:
         assert (
             from_scheduler_config(json.loads(json.dumps(to_scheduler_config(process)))) == process
         )
 
 
-def test_a_flow_trained_here_runs_there_with_our_defaults(double: Callable[[str], Any]) -> None:
+def test_a_flow_trained_in_sfumato_runs_in_diffusers_with_its_defaults(
+    double: Callable[[str], Any],
+) -> None:
     """ddim in even times is DPM-Solver++ of order 1 over flow sigmas, but for its first 0.001;
     FlowMatchEuler would end elsewhere.
     """
@@ -925,11 +937,13 @@ def test_a_flow_trained_here_runs_there_with_our_defaults(double: Callable[[str]
         Process(schedule("flow"), parameterization("flow")), "ddim", "trailing"
     )
     assert written["_class_name"] == "DPMSolverMultistepScheduler" and "_sfumato" not in written
-    assert apart(double("DPMSolverMultistepScheduler"), written, 20, stated=True) < 1e-3
+    assert (
+        apart(double("DPMSolverMultistepScheduler"), written, 20, diffusers_timesteps=True) < 1e-3
+    )
 
 
 @pytest.mark.parametrize("kind", ["scaled_linear", "cosine", "flow", "edm"])
-@pytest.mark.parametrize("name", [name for name in OUR_SPACINGS if name != "uniform"])
+@pytest.mark.parametrize("name", [name for name in SFUMATO_SPACINGS if name != "uniform"])
 def test_every_spacing_may_end_early_and_by_level_between_others(name: str, kind: str) -> None:
     chosen = schedule(kind)
     for steps in (2, 7, 20):

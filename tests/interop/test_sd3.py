@@ -67,10 +67,12 @@ KINDS: dict[str, dict[str, Any]] = {
 SIZES = {1: [(8, 8), (3, 5)], 2: [(8, 8), (6, 14), (24, 2)], 3: [(9, 9), (6, 12)]}
 FULL: dict[str, tuple[dict[str, Any], int, int, float]] = {}
 """name: (config, parameters, numbers of the file with the table of places, billions as published).
+
 Configs are those of the published folders (huggingface.co/stabilityai:
 stable-diffusion-3-medium-diffusers, stable-diffusion-3.5-medium, stable-diffusion-3.5-large;
 transformer/config.json); billions: of their model cards and announcements (2, 2.5, 8.1), which
-agree with the files' sizes in 16 bits: 4.17, 4.94 and 16.3 GB."""
+agree with the files' sizes in 16 bits: 4.17, 4.94 and 16.3 GB.
+"""
 _FULL = {
     "sample_size": 128,
     "patch_size": 2,
@@ -93,19 +95,19 @@ FULL["SD 3.5 large"] = (_LARGE, 8_056_627_520, 8_146_280_768, 8.1)
 every = pytest.mark.parametrize("kind", KINDS)
 
 
-def actual_of(kind: str, seed: int = 0, **more: Any) -> SD3:
+def network_of(kind: str, seed: int = 0, **more: Any) -> SD3:
     # Buffers too: a positional table that is computed anew instead of being read would not show.
     return randomised(SD3(SD3Config(**(SMALL | KINDS[kind] | more))), seed, buffers=True)
 
 
-def reference_of(actual: SD3) -> Any:
-    values = {k: v for k, v in actual.config.to_dict().items() if k != "_class_name"}
+def peer_of(network: SD3) -> Any:
+    values = {k: v for k, v in network.config.to_dict().items() if k != "_class_name"}
     peer = diffusers.SD3Transformer2DModel(**values).eval().requires_grad_(False)
-    peer.load_state_dict(actual.state_dict())
+    peer.load_state_dict(network.state_dict())
     return peer
 
 
-def options(
+def inputs(
     network: SD3, size: tuple[int, int], count: int = 2, length: int = 5
 ) -> tuple[Tensor, Tensor, Conditioning]:
     """x, timesteps and conditionings that differ from image to image."""
@@ -114,20 +116,18 @@ def options(
     return normal(count, network.config.in_channels, *size, seed=3), t, cond
 
 
-def message(cond: Conditioning, t: Tensor) -> dict[str, Any]:
-    """The same in their words."""
+def diffusers_inputs(cond: Conditioning, t: Tensor) -> dict[str, Any]:
+    """The same conditioning as arguments of diffusers' network."""
     return {"encoder_hidden_states": cond.tokens, "pooled_projections": cond.vector, "timestep": t}
 
 
-def same(actual: Any, peer: Any) -> None:
+def same(network: Any, peer: Any) -> None:
     """Equal keys and shapes, and answers at several sizes and aspects."""
-    mine, others = (
-        {k: v.shape for k, v in network.state_dict().items()} for network in (actual, peer)
-    )
-    assert mine == others
-    for size in SIZES[actual.patch]:
-        x, t, cond = options(actual, size)
-        assert_close(actual(x, t, cond), peer(x, **message(cond, t)).sample)
+    shapes, peer_shapes = ({k: v.shape for k, v in n.state_dict().items()} for n in (network, peer))
+    assert shapes == peer_shapes
+    for size in SIZES[network.patch]:
+        x, t, cond = inputs(network, size)
+        assert_close(network(x, t, cond), peer(x, **diffusers_inputs(cond, t)).sample)
 
 
 # ---- parity --------------------------------------------------------------------------------------
@@ -136,17 +136,17 @@ def same(actual: Any, peer: Any) -> None:
 @every
 @torch.inference_mode()
 def test_in_both_directions_through_folders(kind: str, tmp_path: Path) -> None:
-    actual = actual_of(kind)
-    save_part(tmp_path / "sfumato", actual)
+    network = network_of(kind)
+    save_part(tmp_path / "sfumato", network)
     peer = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "sfumato")
-    assert all(torch.equal(v, peer.state_dict()[k]) for k, v in actual.state_dict().items())
-    same(actual, peer)
+    assert all(torch.equal(v, peer.state_dict()[k]) for k, v in network.state_dict().items())
+    same(network, peer)
     peer = randomised(
         diffusers.SD3Transformer2DModel(**(SMALL | KINDS[kind])), seed=1, buffers=True
     )
     peer.save_pretrained(tmp_path / "diffusers")
     loaded = load_part(tmp_path / "diffusers", "SD3Transformer2DModel")
-    assert isinstance(loaded, SD3) and loaded.config == actual.config
+    assert isinstance(loaded, SD3) and loaded.config == network.config
     same(loaded, peer)
 
 
@@ -156,13 +156,13 @@ def test_in_both_directions_through_folders(kind: str, tmp_path: Path) -> None:
     ids=str,
 )
 def test_the_table_of_places_of_a_new_network(values: dict[str, Any]) -> None:
-    """Theirs are rounded to float32 on the way."""
-    actual, peer = (
+    """diffusers rounds its table to float32 on the way."""
+    network, peer = (
         SD3(SD3Config(**(SMALL | values))),
         diffusers.SD3Transformer2DModel(**(SMALL | values)),
     )
     torch.testing.assert_close(
-        actual.state_dict()["pos_embed.pos_embed"],
+        network.state_dict()["pos_embed.pos_embed"],
         peer.state_dict()["pos_embed.pos_embed"],
         rtol=0,
         atol=1e-6,
@@ -173,61 +173,64 @@ def test_the_table_of_places_of_a_new_network(values: dict[str, Any]) -> None:
 def test_full_sizes(name: str) -> None:
     values, parameters, numbers, billions = FULL[name]
     with torch.device("meta"):
-        actual, peer = SD3(SD3Config(**values)), diffusers.SD3Transformer2DModel(**values)
-    shapes = {k: v.shape for k, v in actual.state_dict().items()}
+        network, peer = SD3(SD3Config(**values)), diffusers.SD3Transformer2DModel(**values)
+    shapes = {k: v.shape for k, v in network.state_dict().items()}
     assert shapes == {k: v.shape for k, v in peer.state_dict().items()}
-    assert sum(p.numel() for p in actual.parameters()) == parameters
+    assert sum(p.numel() for p in network.parameters()) == parameters
     assert sum(s.numel() for s in shapes.values()) == numbers
     assert abs(numbers / 1e9 - billions) < 0.1
-    assert SD3Config.from_dict(dict(peer.config)) == actual.config
+    assert SD3Config.from_dict(dict(peer.config)) == network.config
 
 
 @torch.inference_mode()
 def test_sides_that_are_no_whole_patches() -> None:
-    """The map's edge goes on until they are, and what is made of it is cut off again."""
-    actual = actual_of("SD 3.5 medium")
-    peer = reference_of(actual)
+    """The map is padded with its edge to whole patches; the result is cut to its size."""
+    network = network_of("SD 3.5 medium")
+    peer = peer_of(network)
     for size in ((7, 9), (1, 1), (8, 5)):
-        x, t, cond = options(actual, size)
+        x, t, cond = inputs(network, size)
         whole = torch.nn.functional.pad(x, (0, size[1] % 2, 0, size[0] % 2), mode="replicate")
         assert_close(
-            actual(x, t, cond), peer(whole, **message(cond, t)).sample[:, :, : size[0], : size[1]]
+            network(x, t, cond),
+            peer(whole, **diffusers_inputs(cond, t)).sample[:, :, : size[0], : size[1]],
         )
 
 
 @every
 @torch.inference_mode()
 def test_a_masked_token_is_as_none(kind: str) -> None:
-    """Theirs has no mask: it is given the shorter text."""
-    actual = actual_of(kind)
-    peer = reference_of(actual)
-    x, t, cond = options(actual, SIZES[actual.patch][0])
+    """diffusers has no mask: its network takes the shorter text."""
+    network = network_of(kind)
+    peer = peer_of(network)
+    x, t, cond = inputs(network, SIZES[network.patch][0])
     lengths = (3, 5)
     mask = torch.arange(5) < torch.tensor(lengths)[:, None]
-    result = actual(x, t, replace(cond, mask=mask))
+    result = network(x, t, replace(cond, mask=mask))
     for i, length in enumerate(lengths):
         alone = replace(cond[i : i + 1], tokens=cond[i : i + 1].tokens[:, :length])  # pyright: ignore[reportOptionalSubscript]
-        assert_close(result[i : i + 1], peer(x[i : i + 1], **message(alone, t[i : i + 1])).sample)
-    assert (result[0] - actual(x, t, cond)[0]).abs().max() > 1e-3
+        assert_close(
+            result[i : i + 1], peer(x[i : i + 1], **diffusers_inputs(alone, t[i : i + 1])).sample
+        )
+    assert (result[0] - network(x, t, cond)[0]).abs().max() > 1e-3
 
 
 @torch.inference_mode()
 def test_every_input_shows_in_the_output() -> None:
-    actual = actual_of("SD 3.5 medium", in_channels=6)
-    x, t, cond = options(actual, (8, 8))
+    network = network_of("SD 3.5 medium", in_channels=6)
+    x, t, cond = inputs(network, (8, 8))
     x, cond = x[:, :4], replace(cond, concat=x[:, 4:])
     assert cond.tokens is not None and cond.vector is not None and cond.concat is not None
-    y = actual(x, t, cond)
-    assert torch.equal(y, actual(torch.cat([x, cond.concat], 1), t, replace(cond, concat=None)))
+    y = network(x, t, cond)
+    assert torch.equal(y, network(torch.cat([x, cond.concat], 1), t, replace(cond, concat=None)))
     changes: list[dict[str, Any]] = [
         {"tokens": cond.tokens + 1},
         {"vector": cond.vector + 1},
         {"concat": cond.concat + 1},
     ]
     for change in changes:
-        assert (actual(x, t, replace(cond, **change)) - y).abs().max() > 1e-3, change
-    assert (actual(x, t - 0.4, cond) - y).abs().max() > 1e-4
-    assert (actual(x.roll(2, dims=3), t, cond).roll(-2, dims=3) - y).abs().max() > 1e-3, (
+        assert (network(x, t, replace(cond, **change)) - y).abs().max() > 1e-3, change
+    assert (network(x, t - 0.4, cond) - y).abs().max() > 1e-4
+    assert (network(x.roll(2, dims=3), t, cond).roll(-2, dims=3) - y).abs().max() > 1e-3, (
         "places count"
     )
 
@@ -239,8 +242,8 @@ def test_every_input_shows_in_the_output() -> None:
 @torch.inference_mode()
 def test_a_controlnets_residuals(layers: int) -> None:
     """Of a real ControlNet, through `Conditioning.residuals`."""
-    actual = actual_of("SD 3", num_layers=4)
-    peer = reference_of(actual)
+    network = network_of("SD 3", num_layers=4)
+    peer = peer_of(network)
     made = {
         "num_layers": layers,
         "num_extra_conditioning_channels": 0,
@@ -249,44 +252,48 @@ def test_a_controlnets_residuals(layers: int) -> None:
     control = randomised(
         diffusers.SD3ControlNetModel.from_transformer(peer, **made), seed=2, buffers=True
     )
-    x, t, cond = options(actual, (6, 14))
+    x, t, cond = inputs(network, (6, 14))
     residuals = control(
         x,
         controlnet_cond=normal(2, 4, 6, 14, seed=5),
         conditioning_scale=0.7,
         return_dict=False,
-        **message(cond, t),
+        **diffusers_inputs(cond, t),
     )[0]
     assert len(residuals) == layers
-    result = actual(x, t, replace(cond, residuals=tuple(residuals)))
+    result = network(x, t, replace(cond, residuals=tuple(residuals)))
     assert_close(
-        result, peer(x, block_controlnet_hidden_states=residuals, **message(cond, t)).sample
+        result,
+        peer(x, block_controlnet_hidden_states=residuals, **diffusers_inputs(cond, t)).sample,
     )
-    assert (result - actual(x, t, cond)).abs().max() > 1e-3
+    assert (result - network(x, t, cond)).abs().max() > 1e-3
 
 
 @torch.inference_mode()
 def test_residuals_of_every_number() -> None:
-    """n of them for m blocks, where n does not divide m too: the one that theirs takes is added
-    behind each block.
+    """n residuals for m blocks, where n does not divide m too.
+
+    After each block the residual that diffusers takes is added.
     """
-    actual = actual_of("SD 3", num_layers=7)
-    peer = reference_of(actual)
-    x, t, cond = options(actual, (4, 4))
+    network = network_of("SD 3", num_layers=7)
+    peer = peer_of(network)
+    x, t, cond = inputs(network, (4, 4))
     for count in range(1, 8):
         residuals = tuple(normal(2, 4, 32, seed=10 + i) for i in range(count))
         assert_close(
-            actual(x, t, replace(cond, residuals=residuals)),
-            peer(x, block_controlnet_hidden_states=list(residuals), **message(cond, t)).sample,
+            network(x, t, replace(cond, residuals=residuals)),
+            peer(
+                x, block_controlnet_hidden_states=list(residuals), **diffusers_inputs(cond, t)
+            ).sample,
         )
-    assert torch.equal(actual(x, t, replace(cond, residuals=())), actual(x, t, cond))
+    assert torch.equal(network(x, t, replace(cond, residuals=())), network(x, t, cond))
     wrong = [(normal(2, 4, 32),) * 8, (normal(2, 5, 32),), (normal(2, 4, 32), normal(2, 4, 31))]
     for residuals in wrong:
         with pytest.raises(
             UserError,
             match=rf"{len(residuals)} residuals of shapes .*expected at most 7 of \(2, 4, 32\)",
         ):
-            actual(x, t, replace(cond, residuals=residuals))
+            network(x, t, replace(cond, residuals=residuals))
 
 
 # ---- guidance by a weaker network ----------------------------------------------------------------
@@ -299,19 +306,20 @@ def denoiser_of(network: SD3) -> Denoiser:
 @pytest.mark.parametrize("layers", [(1,), (0, 2), (1, 2, 3)], ids=str)
 @torch.inference_mode()
 def test_skipped_blocks(layers: tuple[int, ...]) -> None:
-    """As diffusers' pipeline has it: y + scale (y - y without the blocks). The last one, and blocks
-    before a residual, too.
+    """As diffusers' pipeline has it: y + scale (y - y without the blocks).
+
+    The last one, and blocks before a residual, too.
     """
-    actual = actual_of("SD 3.5 medium", num_layers=4)
-    peer, denoiser = reference_of(actual), denoiser_of(actual)
-    x, _, cond = options(actual, (8, 6))
+    network = network_of("SD 3.5 medium", num_layers=4)
+    peer, denoiser = peer_of(network), denoiser_of(network)
+    x, _, cond = inputs(network, (8, 6))
     names = "+".join(f"transformer_blocks.{i}" for i in layers)
-    for inputs in (
+    for conditioning in (
         cond,
         replace(cond, residuals=(normal(2, 12, 32, seed=7), normal(2, 12, 32, seed=8))),
     ):
-        words: dict[str, Any] = message(inputs, torch.full((2,), 400.0))
-        words |= {"block_controlnet_hidden_states": inputs.residuals}
+        words: dict[str, Any] = diffusers_inputs(conditioning, torch.full((2,), 400.0))
+        words |= {"block_controlnet_hidden_states": conditioning.residuals}
         whole, without = (
             peer(x, **words).sample,
             peer(x, **words, skip_layers=list(layers)).sample,
@@ -319,8 +327,8 @@ def test_skipped_blocks(layers: tuple[int, ...]) -> None:
         ask = build(
             Guidance.parse(f"3.8 skip_layers:layers={names}"),
             denoiser,
-            inputs,
-            inputs,
+            conditioning,
+            conditioning,
             denoiser.process.schedule.point,
         )
         result = drive(ask(x, 0.4), evaluate_calls)
@@ -334,18 +342,18 @@ def test_away_from_no_condition_and_from_skipped_blocks() -> None:
     """Both at once, as diffusers' pipeline does from 1 to 20 % of its steps: y_0 + 7 (y - y_0) +
     2.8 (y - y without the blocks).
     """
-    actual = actual_of("SD 3.5 medium")
+    network = network_of("SD 3.5 medium")
     peer, denoiser, (x, _, cond) = (
-        reference_of(actual),
-        denoiser_of(actual),
-        options(actual, (8, 6)),
+        peer_of(network),
+        denoiser_of(network),
+        inputs(network, (8, 6)),
     )
     none, t = (
         Conditioning(tokens=normal(2, 5, 12, seed=8), vector=normal(2, 10, seed=9)),
         torch.full((2,), 400.0),
     )
     y, off, without = (
-        peer(x, **message(c, t), skip_layers=s).sample
+        peer(x, **diffusers_inputs(c, t), skip_layers=s).sample
         for c, s in ((cond, None), (none, None), (cond, [1]))
     )
     words = "7 dual:kind=away,second=3.8 condition skip_layers:layers=transformer_blocks.1"
@@ -371,17 +379,17 @@ def test_parts_of_a_block_are_left_out() -> None:
         "transformer_blocks.1.ff_context": ["ff_context.net.2"],
     }
     for layer, last in silent.items():
-        network = actual_of("SD 3.5 medium")
-        denoiser, (x, _, cond) = denoiser_of(network), options(network, (8, 8))
+        network = network_of("SD 3.5 medium")
+        denoiser, (x, _, cond) = denoiser_of(network), inputs(network, (8, 8))
         (reference,) = Guidance.parse(f"2 skip_layers:layers={layer}").parts()[2]
-        whom, _ = reference.pair(denoiser, cond, cond, None)
-        assert (whom(x, 0.5, cond).x0 - denoiser(x, 0.5, cond).x0).abs().max() > 1e-5
+        weak, _ = reference.pair(denoiser, cond, cond, None)
+        assert (weak(x, 0.5, cond).x0 - denoiser(x, 0.5, cond).x0).abs().max() > 1e-5
         for name in last:
             for parameter in network.get_submodule(
                 layer.rpartition(".")[0] + "." + name
             ).parameters():
                 parameter.zero_()
-        torch.testing.assert_close(whom(x, 0.5, cond).x0, denoiser(x, 0.5, cond).x0)
+        torch.testing.assert_close(weak(x, 0.5, cond).x0, denoiser(x, 0.5, cond).x0)
 
 
 @torch.inference_mode()
@@ -389,8 +397,8 @@ def test_perturbed_attention() -> None:
     """Against diffusers' processor, which is given the plain path and the perturbed one as one
     batch (and passes over norms: SD 3 only).
     """
-    actual = actual_of("SD 3")
-    peer = reference_of(actual)
+    network = network_of("SD 3")
+    peer = peer_of(network)
     x, text = normal(2, 6, 32), normal(2, 5, 32, seed=1)
     for layer in (1, 2):
         name = f"transformer_blocks.{layer}.attn"
@@ -400,10 +408,10 @@ def test_perturbed_attention() -> None:
             y[2:] for y in attention(x.repeat(2, 1, 1), encoder_hidden_states=text.repeat(2, 1, 1))
         )
         result, result_text = replace_layers(
-            actual, [name], self_attentions, "layer"
+            network, [name], self_attentions, "layer"
         ).get_submodule(name)(x, text)
         assert_close(result, expected)
-        assert (result - actual.get_submodule(name)(x, text)[0]).abs().max() > 1e-3
+        assert (result - network.get_submodule(name)(x, text)[0]).abs().max() > 1e-3
         assert (result_text is None) == (layer == 2)
         if result_text is not None:
             assert_close(result_text, of_text)
@@ -411,30 +419,29 @@ def test_perturbed_attention() -> None:
 
 @torch.inference_mode()
 def test_away_from_no_condition_and_from_perturbed_attention() -> None:
-    """Both at once, as diffusers' pipeline does: y_0 + 7 (y - y_0) + 3 (y - y perturbed), three
-    parts of one batch; and on its own, two.
+    """Both at once, as in diffusers' pipeline, three parts of one batch; and alone, two.
 
-    Theirs knows no dual blocks: there it takes the second attention, which has no text, for a joint
-    one, and fails.
+    y_0 + 7 (y - y_0) + 3 (y - y perturbed). diffusers fails with dual blocks: it takes the second
+    attention, which has no text, for a joint one.
     """
-    actual = actual_of("SD 3", num_layers=4)
+    network = network_of("SD 3", num_layers=4)
     peer, denoiser, (x, _, cond) = (
-        reference_of(actual),
-        denoiser_of(actual),
-        options(actual, (8, 6)),
+        peer_of(network),
+        denoiser_of(network),
+        inputs(network, (8, 6)),
     )
     none, point = (
         Conditioning(tokens=normal(2, 5, 12, seed=8), vector=normal(2, 10, seed=9)),
         denoiser.process.schedule.point,
     )
 
-    def their_parts(processor: Any, *conds: Conditioning) -> tuple[Tensor, ...]:
+    def diffusers_parts(processor: Any, *conds: Conditioning) -> tuple[Tensor, ...]:
         for layer in (1, 2):
             peer.transformer_blocks[layer].attn.set_processor(processor)
-        words = message(Conditioning.cat(conds), torch.full((2 * len(conds),), 400.0))
+        words = diffusers_inputs(Conditioning.cat(conds), torch.full((2 * len(conds),), 400.0))
         return peer(x.repeat(len(conds), 1, 1, 1), **words).sample.chunk(len(conds))
 
-    off, y, worse = their_parts(PAGCFGJointAttnProcessor2_0(), none, cond, cond)
+    off, y, worse = diffusers_parts(PAGCFGJointAttnProcessor2_0(), none, cond, cond)
     words = "7 dual:kind=away,second=4 condition perturbed_attention:layers=transformer_blocks.1-2"
     result = drive(
         build(Guidance.parse(words), denoiser, cond, none, point)(x, 0.4), evaluate_calls
@@ -442,7 +449,7 @@ def test_away_from_no_condition_and_from_perturbed_attention() -> None:
     assert_close(
         result.x0, denoiser.process.split(x, off + 7 * (y - off) + 3 * (y - worse), 0.4).x0, 5e-5
     )
-    y, worse = their_parts(PAGJointAttnProcessor2_0(), cond, cond)
+    y, worse = diffusers_parts(PAGJointAttnProcessor2_0(), cond, cond)
     result = drive(
         build(
             Guidance.parse("4 perturbed_attention:layers=transformer_blocks.1-2"),
@@ -465,16 +472,16 @@ def test_perturbed_attention_is_attention_under_a_map(
     """The plain layer, with minus infinity between a place of the picture and every other, and
     where the text is masked.
     """
-    actual, name = actual_of(kind), "transformer_blocks.1.attn"
+    network, name = network_of(kind), "transformer_blocks.1.attn"
     x, text, mask = (
         normal(2, 6, 32),
         normal(2, 5, 32, seed=1),
         torch.arange(11) < torch.tensor([9, 11])[:, None],
     )
-    perturbed = replace_layers(actual, [name], self_attentions, "layer").get_submodule(name)
+    perturbed = replace_layers(network, [name], self_attentions, "layer").get_submodule(name)
     result, result_text = perturbed(x, text, mask)
     assert_close(
-        result_text, actual.get_submodule(name)(x, text, mask)[1], 1e-6
+        result_text, network.get_submodule(name)(x, text, mask)[1], 1e-6
     )  # the text sees all
 
     def seen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, picture: int) -> Tensor:
@@ -488,22 +495,26 @@ def test_perturbed_attention_is_attention_under_a_map(
             .flatten(2)
         )
 
-    monkeypatch.setattr(actual.get_submodule(name), "find", seen)
-    assert_close(result, actual.get_submodule(name)(x, text, mask)[0])
+    monkeypatch.setattr(network.get_submodule(name), "find", seen)
+    assert_close(result, network.get_submodule(name)(x, text, mask)[0])
 
 
 @torch.inference_mode()
 def test_the_second_attention_is_perturbed_to_its_values() -> None:
-    actual = actual_of("SD 3.5 medium")
+    network = network_of("SD 3.5 medium")
     x = normal(2, 6, 32)
-    plain = actual.get_submodule("transformer_blocks.0.attn2")
+    plain = network.get_submodule("transformer_blocks.0.attn2")
     perturbed = replace_layers(
-        actual, ["transformer_blocks.0"], self_attentions, "layer"
+        network, ["transformer_blocks.0"], self_attentions, "layer"
     ).get_submodule("transformer_blocks.0.attn2")
     assert_close(perturbed(x), plain.to_out[0](plain.to_v(x)))  # pyright: ignore[reportCallIssue, reportIndexIssue]
-    network, (image, _, cond) = denoiser_of(actual), options(actual, (8, 8))
+    denoiser, (image, _, cond) = denoiser_of(network), inputs(network, (8, 8))
     ask = build(
-        Guidance.parse("3 perturbed_attention"), network, cond, cond, network.process.schedule.point
+        Guidance.parse("3 perturbed_attention"),
+        denoiser,
+        cond,
+        cond,
+        denoiser.process.schedule.point,
     )
     assert drive(ask(image, 0.5), evaluate_calls).x0.isfinite().all()
 
@@ -521,7 +532,7 @@ def test_the_second_attention_is_perturbed_to_its_values() -> None:
     ],
 )
 def test_bits_do_not_depend_on_the_batch(kind: str, prepare: Callable[[Any], Any]) -> None:
-    plain = actual_of(kind)
+    plain = network_of(kind)
     if prepare is prepack and not can_prepack(plain):
         pytest.skip("this torch has no oneDNN")
     network, count = prepare(plain), 7
@@ -542,9 +553,9 @@ def test_bits_do_not_depend_on_the_batch(kind: str, prepare: Callable[[Any], Any
 @pytest.mark.invariance
 def test_bits_of_a_perturbed_network_do_not_depend_on_the_batch() -> None:
     network = replace_layers(
-        actual_of("SD 3.5 medium"), ["transformer_blocks"], self_attentions, "layer"
+        network_of("SD 3.5 medium"), ["transformer_blocks"], self_attentions, "layer"
     )
-    x, t, cond = options(actual_of("SD 3.5 medium"), (6, 14), count=3)
+    x, t, cond = inputs(network_of("SD 3.5 medium"), (6, 14), count=3)
     with torch.inference_mode():
         together = network(x, t, cond)
         assert all(
@@ -555,8 +566,9 @@ def test_bits_of_a_perturbed_network_do_not_depend_on_the_batch() -> None:
 
 @torch.inference_mode()
 def test_wide_layers_and_more_rows_than_are_taken_at_a_time() -> None:
-    """Where feed-forward layers take rows by parts and matrices are large; packed and plain; theirs
-    and ours.
+    """Feed-forward layers take rows by parts, and matrices are large.
+
+    Packed and plain networks are compared with diffusers.
     """
     wide: dict[str, Any] = {
         "num_layers": 2,
@@ -564,44 +576,44 @@ def test_wide_layers_and_more_rows_than_are_taken_at_a_time() -> None:
         "caption_projection_dim": 256,
         "pos_embed_max_size": 40,
     }
-    actual = actual_of("SD 3.5 medium", **wide)
-    x, t, cond = options(actual, (66, 64), length=77)
-    expected = reference_of(actual)(x, **message(cond, t)).sample
-    assert_close(actual(x, t, cond), expected)
-    assert torch.equal(actual(x, t, cond)[1:], actual(x[1:], t[1:], cond[1:]))
-    if can_prepack(actual):
-        quick = prepack(actual)
+    network = network_of("SD 3.5 medium", **wide)
+    x, t, cond = inputs(network, (66, 64), length=77)
+    expected = peer_of(network)(x, **diffusers_inputs(cond, t)).sample
+    assert_close(network(x, t, cond), expected)
+    assert torch.equal(network(x, t, cond)[1:], network(x[1:], t[1:], cond[1:]))
+    if can_prepack(network):
+        quick = prepack(network)
         assert_close(quick(x, t, cond), expected)
         assert torch.equal(quick(x, t, cond)[1:], quick(x[1:], t[1:], cond[1:]))
-        assert all(torch.equal(v, actual.state_dict()[k]) for k, v in quick.state_dict().items())
+        assert all(torch.equal(v, network.state_dict()[k]) for k, v in quick.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["SD 3", "SD 3.5 medium"])
 @torch.inference_mode()
 def test_bfloat16(kind: str) -> None:
-    """As near to float32 as theirs."""
-    exact = actual_of(kind)
-    x, t, cond = options(exact, (8, 8))
+    """The error to float32 is as small as that of diffusers."""
+    exact = network_of(kind)
+    x, t, cond = inputs(exact, (8, 8))
     y = exact(x, t, cond)
-    actual, narrow, small = (
+    network, narrow, small = (
         copy.deepcopy(exact).bfloat16(),
         cond.to("cpu", torch.bfloat16),
         x.bfloat16(),
     )
     assert narrow.vector is not None and narrow.vector.dtype == torch.float32
     result, words = (
-        actual(small, t, narrow),
-        message(narrow, t) | {"pooled_projections": narrow.vector.bfloat16()},
+        network(small, t, narrow),
+        diffusers_inputs(narrow, t) | {"pooled_projections": narrow.vector.bfloat16()},
     )
-    expected = reference_of(exact).bfloat16()(small, **words)
+    expected = peer_of(exact).bfloat16()(small, **words)
     assert result.dtype == torch.bfloat16
     assert (
         (result - y).square().mean()
         < 1.5 * (expected.sample - y).square().mean()
         < 1e-3 * y.square().mean()
     )
-    if can_prepack(actual):
-        assert (prepack(actual)(small, t, narrow) - y).square().mean() < 1.5 * (
+    if can_prepack(network):
+        assert (prepack(network)(small, t, narrow) - y).square().mean() < 1.5 * (
             expected.sample - y
         ).square().mean()
 
@@ -611,25 +623,28 @@ def test_bfloat16(kind: str) -> None:
 
 @every
 def test_every_parameter_that_is_used_gets_a_gradient(kind: str) -> None:
-    """All but the text's queries in the last block, whose answers nobody reads: nor do theirs."""
-    actual = actual_of(kind).requires_grad_(True).train()
-    x, t, cond = options(actual, SIZES[actual.patch][0])
-    actual(x, t, cond).square().mean().backward()
-    idle = {name for name, p in actual.named_parameters() if p.grad is None}
+    """All but the text's queries in the last block, whose result is not used.
+
+    The same parameters of diffusers have no gradient.
+    """
+    network = network_of(kind).requires_grad_(True).train()
+    x, t, cond = inputs(network, SIZES[network.patch][0])
+    network(x, t, cond).square().mean().backward()
+    idle = {name for name, p in network.named_parameters() if p.grad is None}
     assert idle == {
-        name for name, p in SD3(actual.config).named_parameters() if not p.requires_grad
+        name for name, p in SD3(network.config).named_parameters() if not p.requires_grad
     }, "nobody waits for what never comes"
-    last = f"transformer_blocks.{actual.config.num_layers - 1}.attn"
+    last = f"transformer_blocks.{network.config.num_layers - 1}.attn"
     assert idle == {f"{last}.add_q_proj.weight", f"{last}.add_q_proj.bias"} | (
-        {f"{last}.norm_added_q.weight"} if actual.config.qk_norm else set()
+        {f"{last}.norm_added_q.weight"} if network.config.qk_norm else set()
     )
     assert not [
-        name for name, p in actual.named_parameters() if p.grad is not None and not p.grad.any()
+        name for name, p in network.named_parameters() if p.grad is not None and not p.grad.any()
     ]
-    peer = reference_of(actual).requires_grad_(True)
-    peer(x, **message(cond, t)).sample.square().mean().backward()
+    peer = peer_of(network).requires_grad_(True)
+    peer(x, **diffusers_inputs(cond, t)).sample.square().mean().backward()
     for (name, p), q in zip(
-        sorted(actual.named_parameters()),
+        sorted(network.named_parameters()),
         (q for _, q in sorted(peer.named_parameters())),
         strict=True,
     ):
@@ -643,7 +658,7 @@ def test_every_parameter_that_is_used_gets_a_gradient(kind: str) -> None:
 def test_a_new_network_answers_nothing_and_learns() -> None:
     """adaLN-Zero: gates and the last layer begin at 0."""
     network = SD3(SD3Config(**(SMALL | KINDS["SD 3.5 medium"])))
-    x, t, cond = options(network, (8, 8))
+    x, t, cond = inputs(network, (8, 8))
     assert not network(x, t, cond).any()
     optimizer, losses = torch.optim.AdamW(network.parameters(), 1e-2), []
     for _ in range(8):
@@ -656,8 +671,8 @@ def test_a_new_network_answers_nothing_and_learns() -> None:
 
 def test_training_in_mixed_precision() -> None:
     """Under autocast, as in the training loop: gradients near float32's."""
-    network = actual_of("SD 3.5 medium").requires_grad_(True).train()
-    x, t, cond = options(network, (8, 8))
+    network = network_of("SD 3.5 medium").requires_grad_(True).train()
+    x, t, cond = inputs(network, (8, 8))
     result = []
     for mixed in (False, True):
         network.zero_grad()
@@ -675,8 +690,8 @@ def test_training_in_mixed_precision() -> None:
 
 @torch.inference_mode()
 def test_missing_or_mismatched_parts_are_named() -> None:
-    network = actual_of("SD 3")
-    x, t, cond = options(network, (8, 8))
+    network = network_of("SD 3")
+    x, t, cond = inputs(network, (8, 8))
     wrong: list[tuple[Tensor, dict[str, Any], str]] = [
         (
             x,
@@ -699,7 +714,8 @@ def test_missing_or_mismatched_parts_are_named() -> None:
         (
             normal(2, 4, 26, 8),
             {},
-            "a latent of 26 x 8 cells: this MMDiT has positions for 24 x 24 at most; generate a smaller image",
+            "a latent of 26 x 8 cells: this MMDiT has positions for 24 x 24 at most; "
+            "generate a smaller image",
         ),
         (normal(2, 4, 8, 25), {}, "a latent of 8 x 25 cells"),
     ]
@@ -716,7 +732,8 @@ def test_missing_or_mismatched_parts_are_named() -> None:
         ({"out_channels": 0}, "out_channels=0: expected a whole number"),
         (
             {"caption_projection_dim": 33},
-            r"caption_projection_dim 33: expected 32, which is attention_head_dim 8 \* num_attention_heads 4",
+            r"caption_projection_dim 33: expected 32, which is attention_head_dim 8 \* "
+            r"num_attention_heads 4",
         ),
         (
             {"qk_norm": "layer_norm"},
@@ -740,8 +757,8 @@ def test_configs_that_are_refused(values: dict[str, Any], expected: str) -> None
         SD3Config.from_dict({"_class_name": "SD3Transformer2DModel", **SMALL, **values})
 
 
-def test_what_the_house_asks_a_network() -> None:
-    network = actual_of("other channels out")
+def test_attributes_of_the_network() -> None:
+    network = network_of("other channels out")
     assert (network.channels, network.in_channels, network.patch, network.part) == (
         5,
         7,

@@ -1,9 +1,9 @@
-"""Stable Diffusion 3's pipelines beside ours: the same folder, prompts, seeds and steps give the
-same pictures, to 1e-3 of white in float32.
+"""Parity with Stable Diffusion 3's pipelines.
 
-Small random models with and without T5, with what SD 3.5 has besides: drawing, with and without
-negative prompts and skipped layers; from a picture; inpainting, by an ordinary model and by one
-that is told the mask. What diffusers saved we open, what we save diffusers opens.
+The same folder, prompts, seeds and steps give the same images, to 1e-3 of white in float32. The
+models are small and random, with and without T5, with the additions of SD 3.5: text to image, with
+and without negative prompts and skipped layers; image to image; inpainting, by an ordinary model
+and by a network of mask and masked image. Folders of each library open in the other.
 """
 
 import json
@@ -66,7 +66,7 @@ PROMPTS = ["a red cat", "a dog, (very) red"]
 LAYERS = "transformer_blocks.0+transformer_blocks.2"
 
 
-def reference(kind: str, scratch: Path) -> Any:
+def diffusers_pipeline(kind: str, scratch: Path) -> Any:
     """diffusers' pipeline with small random parts."""
     texts, shape, scheduler = KINDS[kind]
     space = {
@@ -99,13 +99,15 @@ def reference(kind: str, scratch: Path) -> Any:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_pipelines(
-        lambda kind: reference(kind, tmp_path_factory.mktemp("scratch")), KINDS, tmp_path_factory
+        lambda kind: diffusers_pipeline(kind, tmp_path_factory.mktemp("scratch")),
+        KINDS,
+        tmp_path_factory,
     )
 
 
 def opened(folder: Path, name: str = "StableDiffusion3Pipeline") -> Any:
     index = json.loads((folder / "model_index.json").read_text())
-    # which their loader wants to be told
+    # which diffusers' loader takes as arguments
     absent = {key: None for key in ("text_encoder_3", "tokenizer_3") if index[key] == [None, None]}
     return open_pipeline(folder, name, **absent)
 
@@ -115,7 +117,7 @@ def compare(images: Tensor, expected: Tensor) -> None:
     assert (expected[0] - expected[1]).abs().max() > 0.05
 
 
-def same(actual: LatentDiffusion, pipe: Any) -> None:
+def same(model: LatentDiffusion, pipe: Any) -> None:
     """Guidance on and off, a negative prompt or none, other words for the second encoder, other
     sizes.
     """
@@ -133,16 +135,16 @@ def same(actual: LatentDiffusion, pipe: Any) -> None:
         ),
     )
     for guidance, words, size in cases:
-        message = {key: [value] * 2 for key, value in words.items()}
+        prompts = {key: [value] * 2 for key, value in words.items()}
         # T5 reads what the second CLIP reads
-        message |= {
-            key.replace("_2", "_3"): value for key, value in message.items() if key.endswith("_2")
+        prompts |= {
+            key.replace("_2", "_3"): value for key, value in prompts.items() if key.endswith("_2")
         }
         expected = pipeline_images(
-            pipe, PROMPTS, guidance_scale=guidance, num_inference_steps=3, **message, **size
+            pipe, PROMPTS, guidance_scale=guidance, num_inference_steps=3, **prompts, **size
         )
         compare(
-            actual.run(
+            model.run(
                 Request(PROMPTS, guidance=guidance, steps=3, **words, **size), output="tensor"
             ),
             expected,
@@ -150,20 +152,20 @@ def same(actual: LatentDiffusion, pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["SD 3", "SD 3.5 without T5", "dynamic shift"])
-def test_what_diffusers_saved_and_what_we_save(
+def test_folders_open_in_both_libraries(
     kind: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    actual = load(folders[kind])
+    model = load(folders[kind])
     assert (
-        actual.defaults.steps,
-        actual.defaults.guidance,
-        actual.defaults.sampler,
-        actual.defaults.max_reference_images,
+        model.defaults.steps,
+        model.defaults.guidance,
+        model.defaults.sampler,
+        model.defaults.max_reference_images,
     ) == (28, 7.0, "euler", 0)
-    same(actual, opened(folders[kind]))
-    actual.save(tmp_path / "sfumato")
+    same(model, opened(folders[kind]))
+    model.save(tmp_path / "sfumato")
     again = load(tmp_path / "sfumato")
-    assert again.hash == actual.hash and again.defaults == actual.defaults
+    assert again.hash == model.hash and again.defaults == model.defaults
     pipe = opened(tmp_path / "sfumato", "DiffusionPipeline")
     assert type(pipe).__name__ == "StableDiffusion3Pipeline"
     same(again, pipe)
@@ -172,8 +174,8 @@ def test_what_diffusers_saved_and_what_we_save(
     assert count_equal_weight_files(folders[kind], tmp_path / "sfumato") == 5 - (
         "without" in KINDS[kind][0]
     )
-    again.save(tmp_path / "ours.safetensors")
-    assert load(tmp_path / "ours.safetensors").hash == actual.hash
+    again.save(tmp_path / "sfumato.safetensors")
+    assert load(tmp_path / "sfumato.safetensors").hash == model.hash
 
 
 @pytest.mark.parametrize("kind", ["SD 3", "SD 3.5 without T5"])
@@ -186,9 +188,9 @@ def test_convert_keeps_the_pipeline(kind: str, folders: dict[str, Path], tmp_pat
         main(["convert", str(folders[kind]), str(file)]) == 0
         and main(["convert", str(file), str(folder)]) == 0
     )
-    target = load(folders[kind])
+    expected = load(folders[kind])
     for model in (load(file), load(folder)):
-        assert (model.hash, model.defaults) == (target.hash, target.defaults)
+        assert (model.hash, model.defaults) == (expected.hash, expected.defaults)
     one, two = (
         (place / "model_index.json").read_text().replace("T5TokenizerFast", "T5Tokenizer")
         for place in (folder, folders[kind])
@@ -200,7 +202,7 @@ def test_convert_keeps_the_pipeline(kind: str, folders: dict[str, Path], tmp_pat
 
 
 def test_by_the_models_own_settings(folders: dict[str, Path]) -> None:
-    """Steps, guidance and size where nobody says them."""
+    """Default steps, guidance and size."""
     kind = "dynamic shift"
     expected = pipeline_images(opened(folders[kind]), PROMPTS)
     compare(load(folders[kind]).generate(PROMPTS, output="tensor"), expected)
@@ -214,11 +216,13 @@ def test_by_the_models_own_settings(folders: dict[str, Path]) -> None:
 def test_away_from_skipped_layers(
     part: tuple[float, float], interval: str, folders: dict[str, Path]
 ) -> None:
-    """Their scale adds to one: 1.8 there is 2.8 here. They leave the layers out in the steps
-    between two shares of the run, we between two times.
+    """diffusers' scale is less by one: 1.8 there is 2.8 in sfumato.
+
+    diffusers skips the layers in the steps between two shares of the run, sfumato between two
+    times.
     """
     kind = "SD 3.5 without T5"
-    pipe, actual, (start, stop) = opened(folders[kind]), load(folders[kind]), part
+    pipe, model, (start, stop) = opened(folders[kind]), load(folders[kind]), part
     options: dict[str, Any] = {"height": 16, "width": 12}
     skipped = {
         "skip_guidance_layers": [0, 2],
@@ -234,12 +238,12 @@ def test_away_from_skipped_layers(
         **skipped,
         **options,
     )
-    times = actual.plan(Request(steps=5, **options)).timesteps
+    times = model.plan(Request(steps=5, **options)).timesteps
     between = interval.format(low=(times[3] + times[4]) / 2, high=(times[0] + times[1]) / 2)
     words = f"4 dual:kind=away,second=2.8{between} condition skip_layers:layers={LAYERS}"
-    compare(actual.generate(PROMPTS, guidance=words, steps=5, output="tensor", **options), expected)
+    compare(model.generate(PROMPTS, guidance=words, steps=5, output="tensor", **options), expected)
     assert (
-        actual.generate(PROMPTS, guidance=4, steps=5, output="tensor", **options) - expected
+        model.generate(PROMPTS, guidance=4, steps=5, output="tensor", **options) - expected
     ).abs().max() > 0.01, "it shows"
 
 
@@ -265,10 +269,10 @@ def test_image_to_image(kind: str, strength: float, folders: dict[str, Path]) ->
     expected = pipeline_images(
         pipe, PROMPTS, image=image.expand(2, -1, -1, -1), strength=strength, **OPTIONS
     )
-    actual = load(folders[kind])
+    model = load(folders[kind])
     compare(
-        actual.run(
-            image_to_image(actual, image * 2 - 1, REQUEST, strength=strength, posterior="sample"),
+        model.run(
+            image_to_image(model, image * 2 - 1, REQUEST, strength=strength, posterior="sample"),
             output="tensor",
         ),
         expected,
@@ -280,9 +284,10 @@ def test_image_to_image(kind: str, strength: float, folders: dict[str, Path]) ->
     [("dynamic shift", 0.6), ("dynamic shift", 1.0), ("inpainting", 0.6), ("inpainting", 1.0)],
 )
 def test_inpainting(kind: str, strength: float, folders: dict[str, Path]) -> None:
-    """By an ordinary model, and by one that is told the mask and the rest of the picture. Latents
-    are compared, because diffusers 0.42.1 leaves the autoencoder's shift out when its pipeline
-    decodes them; that of drawing does not.
+    """By an ordinary model, and by a network of mask and masked image.
+
+    Latents are compared: diffusers 0.42.1 leaves the autoencoder's shift out when its inpainting
+    pipeline decodes them; the text-to-image pipeline does not.
     """
     image, mask = smooth_image(), rectangle_mask()
     # one a prompt: each from its own generator
@@ -296,10 +301,10 @@ def test_inpainting(kind: str, strength: float, folders: dict[str, Path]) -> Non
         **pair,
         **OPTIONS,
     ).images
-    actual = load(folders[kind])
+    model = load(folders[kind])
     blind = kind != "inpainting" and strength == 1
     request = inpaint(
-        actual,
+        model,
         image * 2 - 1,
         mask,
         REQUEST,
@@ -308,14 +313,15 @@ def test_inpainting(kind: str, strength: float, folders: dict[str, Path]) -> Non
         paste=False,
         noise_only_start=blind,
     )
-    compare(actual.run(request, output="latent"), expected)
+    compare(model.run(request, output="latent"), expected)
 
 
 def test_on_the_command_line(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`sfumato info` and `sfumato generate` on a folder of diffusers': the picture is theirs but
-    for the rounding to bytes.
+    """`sfumato info` and `sfumato generate` on a folder of diffusers.
+
+    The image is that of diffusers but for the rounding to bytes.
     """
     folder = folders["SD 3"]
     assert main(["info", str(folder), "--json"]) == 0

@@ -1,5 +1,6 @@
-"""Parity with transformers' BertModel and its tokenizer, and what transformers makes of the folders
-that are written here.
+"""Parity with transformers' BertModel and its tokenizer.
+
+Folders that sfumato writes open in transformers.
 """
 
 from dataclasses import replace
@@ -27,11 +28,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def actual(folder: Path) -> SentenceText:
+def conditioner(folder: Path) -> SentenceText:
     return SentenceText.from_encoder(folder)
 
 
-def reference(
+def transformers_states(
     folder: Path,
     prompts: list[str],
     masked: bool = True,
@@ -57,14 +58,14 @@ def reference(
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_states_and_mask_are_transformers_own(
-    masked: bool, folder: Path, actual: SentenceText
+    masked: bool, folder: Path, conditioner: SentenceText
 ) -> None:
-    result = replace(actual, config=SentenceTextConfig(mask_padding=masked))(PROMPTS)
-    states, mask = reference(folder, PROMPTS, masked)
+    result = replace(conditioner, config=SentenceTextConfig(mask_padding=masked))(PROMPTS)
+    states, mask = transformers_states(folder, PROMPTS, masked)
     assert result.tokens.dtype == torch.float32 and result.tokens.shape == (6, 64, 24) == (
         len(PROMPTS),
         64,
-        actual.width,
+        conditioner.width,
     )
     assert float((result.tokens - states).abs().max()) <= 1e-6 * float(states.abs().max())
     assert result.vector is None and (
@@ -76,10 +77,10 @@ def test_states_and_mask_are_transformers_own(
 
 
 def test_a_long_prompt_is_cut_where_transformers_cuts_it(
-    folder: Path, actual: SentenceText
+    folder: Path, conditioner: SentenceText
 ) -> None:
-    result = replace(actual, config=SentenceTextConfig(truncation="cut"))([LONG])
-    states, mask = reference(folder, [LONG])
+    result = replace(conditioner, config=SentenceTextConfig(truncation="cut"))([LONG])
+    states, mask = transformers_states(folder, [LONG])
     assert mask.all() and torch.equal(result.mask, mask)
     assert float((result.tokens - states).abs().max()) <= 1e-6 * float(states.abs().max())
 
@@ -89,24 +90,26 @@ def test_half_precision_is_transformers_own(dtype: torch.dtype, folder: Path) ->
     """The same numbers in the same order, so the same bits."""
     result = SentenceText.from_encoder(folder, dtype=dtype)
     assert result.encoder.model.dtype == dtype
-    assert torch.equal(result(["a cat"]).tokens, reference(folder, ["a cat"], dtype=dtype)[0])
+    assert torch.equal(
+        result(["a cat"]).tokens, transformers_states(folder, ["a cat"], dtype=dtype)[0]
+    )
 
 
-def test_what_is_saved_opens_in_transformers(actual: SentenceText, tmp_path: Path) -> None:
+def test_saved_folders_open_in_transformers(conditioner: SentenceText, tmp_path: Path) -> None:
     import transformers
 
-    actual.save(tmp_path)
-    for part, (library, name) in actual.index().items():
+    conditioner.save(tmp_path)
+    for part, (library, name) in conditioner.index().items():
         assert library == "transformers" and getattr(transformers, name).from_pretrained(
             tmp_path / part
         )
-    states, mask = reference(
+    states, mask = transformers_states(
         tmp_path / "text_encoder",
         PROMPTS,
         tokenizer=tmp_path / "tokenizer",
         add_pooling_layer=False,
     )
-    result = actual(PROMPTS)
+    result = conditioner(PROMPTS)
     assert torch.equal(result.mask, mask) and float(
         (result.tokens - states).abs().max()
     ) <= 1e-6 * float(states.abs().max())
@@ -117,7 +120,10 @@ def test_a_model_that_keeps_case_keeps_it(tmp_path: Path) -> None:
     text_encoders.bert_tokenizer(do_lower_case=False, strip_accents=False).save_pretrained(tmp_path)
     cased = SentenceText.from_encoder(tmp_path)
     assert not torch.allclose(*cased(["Red FHR", "red fhr"]).tokens, atol=1e-3)
-    assert float((cased(PROMPTS).tokens - reference(tmp_path, PROMPTS)[0]).abs().max()) <= 1e-5
+    assert (
+        float((cased(PROMPTS).tokens - transformers_states(tmp_path, PROMPTS)[0]).abs().max())
+        <= 1e-5
+    )
     cased.save(tmp_path / "model")
     again = SentenceText.from_folder(tmp_path / "model")
     assert again.identity() == cased.identity() and torch.equal(

@@ -1,6 +1,7 @@
-"""Single files in the original layouts against diffusers: what a family writes, its converters read
-as the very same tensors under the very same keys, and it reads back what it wrote. Small random
-models of every family.
+"""Single files in the original layouts against diffusers.
+
+Files that a family writes are read by diffusers' converters as the same tensors under the same
+keys, and by sfumato. The models are small, random and of every family.
 """
 
 import json
@@ -11,7 +12,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers.loaders import single_file_utils as reference
+from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -176,25 +177,29 @@ def converted(
 ) -> dict[str, dict[str, Tensor]]:
     """The parts, as diffusers' own converters make them of a file."""
     result = {
-        "unet": reference.convert_ldm_unet_checkpoint(dict(tensors), dict(networks["unet"].config)),
-        "vae": reference.convert_ldm_vae_checkpoint(dict(tensors), dict(networks["vae"].config)),
+        "unet": single_file_utils.convert_ldm_unet_checkpoint(
+            dict(tensors), dict(networks["unet"].config)
+        ),
+        "vae": single_file_utils.convert_ldm_vae_checkpoint(
+            dict(tensors), dict(networks["vae"].config)
+        ),
     }
     if name.startswith(("sd1", "sdxl")) and "text_encoder" in networks:
-        result["text_encoder"] = reference.convert_ldm_clip_checkpoint(dict(tensors))
+        result["text_encoder"] = single_file_utils.convert_ldm_clip_checkpoint(dict(tensors))
     elif "text_encoder" in networks:
-        result["text_encoder"] = reference.convert_open_clip_checkpoint(
+        result["text_encoder"] = single_file_utils.convert_open_clip_checkpoint(
             networks["text_encoder"], dict(tensors)
         )
     if "text_encoder_2" in networks:
         prefix = f"conditioner.embedders.{int('text_encoder' in networks)}.model."
-        result["text_encoder_2"] = reference.convert_open_clip_checkpoint(
+        result["text_encoder_2"] = single_file_utils.convert_open_clip_checkpoint(
             networks["text_encoder_2"], dict(tensors), prefix
         )
     return result
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_diffusers_converts_what_join_writes(name: str) -> None:
+def test_diffusers_converts_the_files_of_join(name: str) -> None:
     networks, parts = build(name)
     assert parts.kind == name
     result = converted(name, networks, single.join(parts))
@@ -211,9 +216,9 @@ def test_split_is_the_inverse_of_join(name: str, tmp_path: Path) -> None:
     assert again.kind == name
     for key, expected in parts.components.items():
         assert equal_tensors(single.weights(again.components[key]), single.weights(expected)), key
-    arguments, result = parts.components["unet"].config, again.components["unet"].config
-    levels = len(arguments["block_out_channels"])
-    for field in arguments.keys() - {
+    config, result = parts.components["unet"].config, again.components["unet"].config
+    levels = len(config["block_out_channels"])
+    for field in config.keys() - {
         "sample_size",
         "upcast_attention",
         "dropout",
@@ -223,7 +228,7 @@ def test_split_is_the_inverse_of_join(name: str, tmp_path: Path) -> None:
         if not field.startswith("_"):
             a, b = (
                 list(v) if isinstance(v, list | tuple) else [v] * levels
-                for v in (arguments[field], result[field])
+                for v in (config[field], result[field])
             )
             assert a == b, field
     assert again.schedulers["scheduler"]["prediction_type"] == FAMILIES[name][1]
@@ -240,9 +245,7 @@ def test_split_is_the_inverse_of_join(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "x4-upscaler", "sdxl", "sdxl-refiner"])
 def test_inferred_configs_build_the_same_networks(name: str) -> None:
-    """diffusers builds networks from the configs that were read from keys, and they give the same
-    outputs.
-    """
+    """diffusers' networks of the configs that were inferred from keys give the same outputs."""
     networks, parts = build(name)
     again = single.split_tensors(single.join(parts), single.notes(parts), "file")
     network = diffusers.UNet2DConditionModel.from_config(again.components["unet"].config)
@@ -393,7 +396,7 @@ def test_published_structures_are_covered_key_by_key(name: str) -> None:
     assert len(rows) == len({r.source for r in rows}) == count
     assert held(rows) == {k: tuple(v.shape) for k, v in network.state_dict().items()}
     file = {f"model.diffusion_model.{r.source}": torch.empty(r.stored, device="meta") for r in rows}
-    there = reference.convert_ldm_unet_checkpoint(file, dict(network.config))
+    there = single_file_utils.convert_ldm_unet_checkpoint(file, dict(network.config))
     assert {k: tuple(v.shape) for k, v in there.items()} == held(rows)
 
 
@@ -418,11 +421,11 @@ def test_published_autoencoder_and_text_encoders() -> None:
                 "num_hidden_layers": layers,
                 "num_attention_heads": width // 64,
             }
-            arguments = part(kind(CLIPTextConfig(**sizes, projection_dim=width)))
-            shapes = {k: v.shape for k, v in arguments.tensors.items()}
+            component = part(kind(CLIPTextConfig(**sizes, projection_dim=width)))
+            shapes = {k: v.shape for k, v in component.tensors.items()}
             assert (
-                held(single.clip_map(arguments.config))
-                == held(single.open_clip_map(arguments.config))
+                held(single.clip_map(component.config))
+                == held(single.open_clip_map(component.config))
                 == shapes
             )
             assert count is None or len(shapes) == count
@@ -443,9 +446,7 @@ def test_sd2_whole_tower_leaves_its_last_layer_out() -> None:
 
 
 def test_json_configs(tmp_path: Path) -> None:
-    """Every config is plain JSON, and diffusers reads each without a field that it does not
-    know.
-    """
+    """Every config is plain JSON, and diffusers reads it without an unknown field."""
     _, parts = build("sdxl")
     again = single.split_tensors(single.join(parts), single.notes(parts), "file")
     for each in (*(p.config for p in again.components.values()), *again.schedulers.values()):
@@ -462,9 +463,9 @@ def test_json_configs(tmp_path: Path) -> None:
 def test_running_averages_are_read_on_request_only() -> None:
     _, parts = build("sd1")
     tensors = single.join(parts)
-    mine = [k for k in tensors if k.startswith("model.diffusion_model.")]
+    keys = [k for k in tensors if k.startswith("model.diffusion_model.")]
     averaged = {
-        "model_ema." + k.removeprefix("model.").replace(".", ""): tensors[k] + 1 for k in mine
+        "model_ema." + k.removeprefix("model.").replace(".", ""): tensors[k] + 1 for k in keys
     }
     file = (
         tensors
@@ -476,7 +477,8 @@ def test_running_averages_are_read_on_request_only() -> None:
         result = single.split_tensors(file, {}, "file", ReadOptions(ema=ema)).components["unet"]
         result = single.weights(result)
         assert equal_tensors(
-            result, reference.convert_ldm_unet_checkpoint(dict(file), config, extract_ema=ema)
+            result,
+            single_file_utils.convert_ldm_unet_checkpoint(dict(file), config, extract_ema=ema),
         )
         assert torch.equal(
             result["conv_in.bias"],

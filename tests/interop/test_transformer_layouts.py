@@ -1,6 +1,8 @@
-"""Original files of diffusion transformers against diffusers: what `write_transformer` makes, its
-converters read as the very same tensors under the very same keys, and `read_transformer` gives back
-what was written. Small random networks, and the full sizes on the meta device.
+"""Original files of diffusion transformers against diffusers.
+
+diffusers' converters read the files of `write_transformer` as the same tensors under the same keys,
+and `read_transformer` returns the written ones. The networks are small and random, or full-size on
+the meta device.
 """
 
 import json
@@ -10,7 +12,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers.loaders import single_file_utils as reference
+from diffusers.loaders import single_file_utils
 from torch import Tensor, nn
 
 from helpers.tensors import equal_tensors
@@ -32,9 +34,9 @@ Layout = TransformerFamily
 
 
 def write_transformer(
-    layout: Layout, config: dict[str, Any], actual: dict[str, LazyTensor], where: str
+    layout: Layout, config: dict[str, Any], tensors: dict[str, LazyTensor], where: str
 ) -> tuple[dict[str, LazyTensor], dict[str, str]]:
-    raw = layout.write(Checkpoint({"transformer": Component(config, actual)}, path=Path(where)))
+    raw = layout.write(Checkpoint({"transformer": Component(config, tensors)}, path=Path(where)))
     return dict(raw.tensors), dict(raw.metadata)
 
 
@@ -129,9 +131,9 @@ MODELS: dict[str, tuple[str, type[nn.Module], dict[str, Any]]] = {
     "pixart-512": ("pixart", diffusers.PixArtTransformer2DModel, PIXART | {"sample_size": 64}),
 }
 CONVERTERS = {
-    "sd3": reference.convert_sd3_transformer_checkpoint_to_diffusers,
-    "flux": reference.convert_flux_transformer_checkpoint_to_diffusers,
-    "flux2": reference.convert_flux2_transformer_checkpoint_to_diffusers,
+    "sd3": single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
+    "flux": single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
+    "flux2": single_file_utils.convert_flux2_transformer_checkpoint_to_diffusers,
 }
 # The published configs, as in diffusers' folders (stabilityai/stable-diffusion-3.5-*,
 # black-forest-labs/FLUX.*, facebook/DiT-XL-2-256, PixArt-alpha/*).
@@ -222,8 +224,9 @@ FULL: dict[str, tuple[str, type[nn.Module], dict[str, Any]]] = {
 
 
 def build(name: str) -> tuple[Layout, dict[str, Any], dict[str, Tensor]]:
-    """A small random network: layout, config, tensors. Copies of one embedding in every block are
-    copies, as in what diffusers publishes.
+    """A small random network: layout, config, tensors.
+
+    Copies of one embedding in every block are equal, as in diffusers' published files.
     """
     kind, network_class, fields = MODELS[name]
     torch.manual_seed(0)
@@ -240,22 +243,22 @@ def build(name: str) -> tuple[Layout, dict[str, Any], dict[str, Tensor]]:
 
 
 def written(name: str) -> tuple[Layout, dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
-    layout, config, actual = build(name)
+    layout, config, tensors = build(name)
     return (
         layout,
         config,
-        actual,
+        tensors,
         {
             k: v.load()
-            for k, v in write_transformer(layout, config, from_tensors(actual), name)[0].items()
+            for k, v in write_transformer(layout, config, from_tensors(tensors), name)[0].items()
         },
     )
 
 
 @pytest.mark.parametrize("name", [n for n, (kind, *_) in MODELS.items() if kind in CONVERTERS])
-def test_diffusers_reads_what_is_written(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layout, config, actual, original = written(name)
-    # diffusers' converter knows FLUX's own width only; the very same cut at ours
+def test_diffusers_reads_written_files(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, config, tensors, original = written(name)
+    # diffusers' converter has FLUX's own width only; here the same cut at the test's width
     if layout.name == "flux":
         split = torch.split
         width = config["num_attention_heads"] * config["attention_head_dim"]
@@ -264,27 +267,29 @@ def test_diffusers_reads_what_is_written(name: str, monkeypatch: pytest.MonkeyPa
             "split",
             lambda t, sizes, dim=0: split(t, [s * width // 3072 for s in sizes], dim),
         )
-    assert equal_tensors(CONVERTERS[layout.name](dict(original)), actual)
+    assert equal_tensors(CONVERTERS[layout.name](dict(original)), tensors)
 
 
 @pytest.mark.parametrize("prefix", ["", PREFIX])
 @pytest.mark.parametrize("name", MODELS)
 def test_back_again(name: str, prefix: str) -> None:
-    layout, config, actual, original = written(name)
+    layout, config, tensors, original = written(name)
     file = {prefix + k: v for k, v in original.items()}
     assert detected(file) is layout
-    available = config if name == "pixart-512" else None
-    settings, again = read_transformer(layout, from_tensors(file), name, available)
+    hint = config if name == "pixart-512" else None
+    read, again = read_transformer(layout, from_tensors(file), name, hint)
     beside = RawCheckpoint(
         from_tensors(file | {"first_stage_model.x": torch.ones(1)}), {}, Path(name)
     )
-    assert layout.read_network(beside, available or settings).tensors.keys() == again.keys()
-    assert equal_tensors({k: v.load() for k, v in again.items()}, actual)
-    assert all(v.dtype == actual[k].dtype and v.shape == actual[k].shape for k, v in again.items())
-    network = MODELS[name][1](**{k: v for k, v in settings.items() if not k.startswith("_")})
-    network.load_state_dict(actual)  # the config that was read builds the same network
-    assert settings["_class_name"] == layout.class_name
-    for key, value in settings.items():
+    assert layout.read_network(beside, hint or read).tensors.keys() == again.keys()
+    assert equal_tensors({k: v.load() for k, v in again.items()}, tensors)
+    assert all(
+        v.dtype == tensors[k].dtype and v.shape == tensors[k].shape for k, v in again.items()
+    )
+    network = MODELS[name][1](**{k: v for k, v in read.items() if not k.startswith("_")})
+    network.load_state_dict(tensors)  # the config that was read builds the same network
+    assert read["_class_name"] == layout.class_name
+    for key, value in read.items():
         if key not in ("_class_name", "sample_size", "norm_eps") and config[key] is not None:
             assert (
                 list(config[key]) if isinstance(config[key], tuple) else config[key]
@@ -297,19 +302,18 @@ def test_full_size(name: str) -> None:
     kind, network_class, fields = FULL[name]
     with torch.device("meta"):
         network = network_class(**fields)
-    layout, config, actual = KINDS[kind], dict(network.config), network.state_dict()
-    original, notes = write_transformer(layout, config, from_tensors(actual), name)
+    layout, config, tensors = KINDS[kind], dict(network.config), network.state_dict()
+    original, notes = write_transformer(layout, config, from_tensors(tensors), name)
     assert not json.loads(notes.get(NOTE, "{}")).keys() - {"sample_size", "norm_eps"}, notes
-    settings, again = read_transformer(
+    read, again = read_transformer(
         layout,
         {k: v for k, v in original.items() if k != "pos_embed" or kind != "dit"}
         | _table(kind, config),
         name,
     )
-    assert {k: v.shape for k, v in again.items()} == {k: tuple(v.shape) for k, v in actual.items()}
+    assert {k: v.shape for k, v in again.items()} == {k: tuple(v.shape) for k, v in tensors.items()}
     assert [
-        settings[k]
-        for k in ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels")
+        read[k] for k in ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels")
     ] == [
         config[k]
         for k in ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels")
@@ -320,7 +324,7 @@ def test_full_size(name: str) -> None:
             for k, v in CONVERTERS[kind](
                 {k: torch.empty(v.shape, dtype=v.dtype, device="meta") for k, v in original.items()}
             ).items()
-        } == {k: v.shape for k, v in actual.items()}
+        } == {k: v.shape for k, v in tensors.items()}
 
 
 def _table(kind: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -338,7 +342,7 @@ def test_table_of_places_is_diffusers() -> None:
 
 
 def test_dit_with_another_table_or_unlike_copies_is_refused() -> None:
-    layout, config, actual, original = written("dit")
+    layout, config, tensors, original = written("dit")
     for change in (lambda t: t.flip(1), lambda t: t[:, :9]):
         with pytest.raises(UserError, match="pos_embed is not the table"):
             read_transformer(
@@ -347,7 +351,7 @@ def test_dit_with_another_table_or_unlike_copies_is_refused() -> None:
                 "file",
                 config,
             )
-    actual["transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"] = torch.zeros(
+    tensors["transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"] = torch.zeros(
         8, 144
     )
     with pytest.raises(
@@ -355,20 +359,20 @@ def test_dit_with_another_table_or_unlike_copies_is_refused() -> None:
     ):
         [
             v.load()
-            for v in write_transformer(layout, config, from_tensors(actual), "folder")[0].values()
+            for v in write_transformer(layout, config, from_tensors(tensors), "folder")[0].values()
         ]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_tables_are_inverses(name: str) -> None:
-    layout, config, actual, original = written(name)
+    layout, config, tensors, original = written(name)
     maps = layout.weight_map(config)
-    assert equal_tensors(load_tensors(store_all(maps, from_tensors(actual))), original)
-    assert equal_tensors(load_tensors(load_all(maps, from_tensors(original), name)), actual)
+    assert equal_tensors(load_tensors(store_all(maps, from_tensors(tensors))), original)
+    assert equal_tensors(load_tensors(load_all(maps, from_tensors(original), name)), tensors)
     for m in maps:  # tensor by tensor
         values = m.load(original[m.source])
         assert all(
-            torch.equal(value, actual[key]) for key, value in zip(m.targets, values, strict=True)
+            torch.equal(value, tensors[key]) for key, value in zip(m.targets, values, strict=True)
         )
         assert torch.equal(m.store(values), original[m.source])
 
@@ -376,7 +380,7 @@ def test_tables_are_inverses(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_all_errors_are_in_one_message(name: str) -> None:
     layout, config, _, original = written(name)
-    inputs = config if layout.name == "pixart" else None
+    hint = config if layout.name == "pixart" else None
     keys = sorted(
         k
         for k in original
@@ -388,7 +392,7 @@ def test_all_errors_are_in_one_message(name: str) -> None:
         bent: original[bent][:, :-1],
     }
     with pytest.raises(UserError) as error:
-        read_transformer(layout, from_tensors(table), "a.safetensors", inputs)
+        read_transformer(layout, from_tensors(table), "a.safetensors", hint)
     message = str(error.value)
     if lost not in ("double_blocks.0.img_mlp.2.weight",):  # by which FLUX.2's MLPs are measured
         assert (
@@ -401,7 +405,7 @@ def test_all_errors_are_in_one_message(name: str) -> None:
             layout,
             from_tensors(original | {bent: original[bent].to(torch.int8)}),
             "a.safetensors",
-            inputs,
+            hint,
         )
 
 
@@ -417,20 +421,22 @@ def test_all_errors_are_in_one_message(name: str) -> None:
         ("pixart-512", {}),
     ],
 )
-def test_what_keys_do_not_tell_is_noted(name: str, fields: dict[str, Any]) -> None:
-    """With the note the config comes back; without it, another, or a sentence that asks for it."""
-    layout, config, actual = build(name)
+def test_fields_that_keys_do_not_determine_are_noted(name: str, fields: dict[str, Any]) -> None:
+    """With the note the config comes back.
+
+    Without it, the config is another, or a message demands the field.
+    """
+    layout, config, tensors = build(name)
     config |= fields
-    original, notes = write_transformer(layout, config, from_tensors(actual), name)
-    settings, again = read_transformer(layout, original, name, notes=notes)
+    original, notes = write_transformer(layout, config, from_tensors(tensors), name)
+    read, again = read_transformer(layout, original, name, notes=notes)
     assert all(
-        settings[k] == list(v) if isinstance(v, tuple) else settings[k] == v
-        for k, v in fields.items()
+        read[k] == list(v) if isinstance(v, tuple) else read[k] == v for k, v in fields.items()
     )
-    assert equal_tensors({k: v.load() for k, v in again.items()}, actual)
+    assert equal_tensors({k: v.load() for k, v in again.items()}, tensors)
     try:
         other, _ = read_transformer(layout, original, name)
-        assert any(other[k] != settings[k] for k in fields)
+        assert any(other[k] != read[k] for k in fields)
     except UserError as error:
         assert "--config" in str(error)
     for note in ("[1]", "{"):
@@ -455,6 +461,6 @@ def test_a_config_of_another_class_is_refused() -> None:
         read_transformer(layout, from_tensors(original), "file", {})
 
 
-def test_what_is_none() -> None:
+def test_other_files_are_not_detected() -> None:
     keys = ["model.diffusion_model.input_blocks.0.0.weight", "double_blocks.0.img_attn.qkv.weight"]
     assert not any(kind.detect(Shapes(dict.fromkeys(keys, ()))) for kind in KINDS.values())

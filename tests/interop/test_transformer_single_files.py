@@ -1,6 +1,7 @@
-"""Whole SD 3 and FLUX.1 models in one file, networks in files of their own beside a folder, and
-DiT's and SiT's files: opened as models that draw the same pictures, written as files that
-diffusers' converters and transformers read as the same tensors.
+"""Whole SD 3 and FLUX.1 models in one file, networks in files beside a folder, DiT and SiT.
+
+They open as models with the same images, and are written as files that diffusers' converters and
+transformers read as the same tensors.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from diffusers.loaders import single_file_utils as reference
+from diffusers.loaders import single_file_utils
 from gguf import GGMLQuantizationType as Kind
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -32,7 +33,7 @@ from sfumato.checkpoints import families
 from sfumato.checkpoints.checkpoint import Checkpoint, Component, RawCheckpoint, ReadOptions
 from sfumato.checkpoints.families import FLOW, Family, TransformerFamily
 from sfumato.checkpoints.families.flux import DYNAMIC
-from sfumato.checkpoints.formats.folded import KEY as KEY_OF_ACTUAL
+from sfumato.checkpoints.formats.folded import KEY as FOLDED_KEY
 from sfumato.checkpoints.lazy_tensor import LazyTensor, from_tensors
 from sfumato.checkpoints.metadata import CONFIGS, TOKENIZERS
 from sfumato.checkpoints.metadata import TRANSFORMER as NOTE
@@ -84,8 +85,8 @@ FLUX |= {
 CLASSES = {"sd3": ("SD3Transformer2DModel", SD3), "flux": ("FluxTransformer2DModel", FLUX)}
 CLASSES |= {"schnell": ("FluxTransformer2DModel", FLUX | {"guidance_embeds": False})}
 CONVERTERS = {
-    "sd3": reference.convert_sd3_transformer_checkpoint_to_diffusers,
-    "flux": reference.convert_flux_transformer_checkpoint_to_diffusers,
+    "sd3": single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers,
+    "flux": single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
 }
 DIT: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -121,7 +122,8 @@ def network(name: str, **fields: Any) -> Any:
 
 def autoencoder(scale: float, shift: float | None, channels: int = 16) -> AutoencoderKL:
     config = KLConfig(
-        block_out_channels=(32, 32), layers_per_block=1, latent_channels=channels, scaling_factor=scale, shift_factor=shift,
+        block_out_channels=(32, 32), layers_per_block=1, latent_channels=channels,
+        scaling_factor=scale, shift_factor=shift,
         use_quant_conv=False, use_post_quant_conv=False, sample_size=16,
     )  # fmt: skip
     return random_network(lambda: AutoencoderKL(config), 2)
@@ -202,7 +204,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LatentDiffusio
 def converted(
     name: str, tensors: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Tensor]:
-    """By diffusers; its converter knows FLUX's own width only, and cuts the very same at 64."""
+    """Convert a file with diffusers.
+
+    Its converter handles FLUX's own width only; it cuts in the same way at 64.
+    """
     split = torch.split
     with monkeypatch.context() as patch:
         if name == "flux":
@@ -220,8 +225,9 @@ def picture(model: LatentDiffusion) -> Tensor:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """But for the last bits of what CLIP pools, which depend on where in memory its weights
-    begin.
+    """True if images are equal but for the last bits of CLIP's pooled vector.
+
+    Those depend on the address of its weights.
     """
     return bool((a - b).norm() < 1e-5 * b.norm())
 
@@ -230,7 +236,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 def saved(
     models: dict[str, LatentDiffusion], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    """Where a model lies as `folder` and as `a.safetensors`; nobody writes there."""
+    """The place of a model as `folder` and as `a.safetensors`, for reading only."""
 
     @cache
     def place(name: str) -> Path:
@@ -294,12 +300,12 @@ def test_others_read_the_file(
         converted(name, below(file, PREFIX), monkeypatch), dict(model.denoiser.network.state_dict())
     )
     assert equal_tensors(
-        reference.convert_ldm_vae_checkpoint(dict(file), model.autoencoder.to_config()),
+        single_file_utils.convert_ldm_vae_checkpoint(dict(file), model.autoencoder.to_config()),
         dict(model.autoencoder.state_dict()),
     )
     if name == "sd3":
         for part, tower in (("", "clip_l"), ("_2", "clip_g")):
-            result = reference.convert_ldm_clip_checkpoint(
+            result = single_file_utils.convert_ldm_clip_checkpoint(
                 dict(file), f"text_encoders.{tower}.transformer."
             )
             assert equal_tensors(result, model.conditioner.encoders[part].tensors())
@@ -315,7 +321,7 @@ def test_others_read_the_file(
 def test_files_of_others(
     name: str, models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Without a note: tokenizers from a folder, what was published for the rest."""
+    """Without a note: tokenizers from a folder, published settings for the rest."""
     model = models[name]
     save_file(load_file(saved(name) / "a.safetensors"), tmp_path / "bare.safetensors")
     with pytest.raises(
@@ -332,7 +338,7 @@ def test_files_of_others(
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
-def test_convert_keeps_what_draws(
+def test_convert_keeps_all_that_changes_an_image(
     name: str, models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """`sfumato convert` from a folder to a file, to another, and back: each opens alone, with its
@@ -396,11 +402,12 @@ def test_sd3_without_t5(
     )
 
 
-def test_what_the_layout_cannot_tell(
+def test_models_outside_the_layout(
     models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Heads, latents or text encoders that others would take for published ones: our own layout,
-    and the same model from it.
+    """Heads, latents or text encoders unlike the published ones are in sfumato's own layout.
+
+    The file gives the same model.
     """
     model = models["flux"]
     flat = replace(model, autoencoder=autoencoder(0.5, None))
@@ -423,9 +430,9 @@ def test_what_the_layout_cannot_tell(
     for k, other in enumerate((flat, norm, axes, eps)):
         path = tmp_path / f"{k}.safetensors"
         other.save(path)
-        assert KEY_OF_ACTUAL in notes_of(path), k
+        assert FOLDED_KEY in notes_of(path), k
         assert sfumato.load(path).hash == other.hash
-    assert KEY_OF_ACTUAL not in notes_of(saved("flux") / "a.safetensors")
+    assert FOLDED_KEY not in notes_of(saved("flux") / "a.safetensors")
 
 
 def test_damaged_files(saved: Callable[[str], Path], tmp_path: Path) -> None:
@@ -458,8 +465,8 @@ def test_damaged_files(saved: Callable[[str], Path], tmp_path: Path) -> None:
         (file, notes | {"sfumato.scheduler": '{"_class_name": "DDIMSchedule"}'}, "DDIMSchedule"),
         (file, notes | {"sfumato.model": '{"defaults": {"steps": -1}}'}, "steps"),
     ]
-    for tensors, inputs, message in tables:
-        save_file(tensors, bad, inputs)
+    for tensors, metadata, message in tables:
+        save_file(tensors, bad, metadata)
         with pytest.raises(
             UserError, match=f"(?s)bad.safetensors.*{message}|{message}.*bad.safetensors"
         ):
@@ -757,8 +764,9 @@ def published(file: dict[str, Tensor], heads: int, x: Tensor, s: Tensor, label: 
 
 
 def test_sit_is_the_papers_network_as_a_flow() -> None:
-    """eps - z at time t of ours is minus theirs at 1 - t; through `Process` it says which picture
-    and which noise that means.
+    """The velocity eps - z at time t is minus the paper's at 1 - t.
+
+    `Process` turns it into the image and the noise.
     """
     net, file, _ = sit_file()
     generator = torch.Generator().manual_seed(0)
@@ -769,11 +777,11 @@ def test_sit_is_the_papers_network_as_a_flow() -> None:
         velocity = published(file, 2, x, 1 - t, label)
         assert float((y + velocity).norm() / velocity.norm()) < 1e-5
         denoiser = Denoiser(net, Process(schedule("flow"), parameterization("flow")))
-        message = denoiser(x, 0.5, Conditioning(vector=torch.eye(6)[label]))
+        prediction = denoiser(x, 0.5, Conditioning(vector=torch.eye(6)[label]))
         half = published(file, 2, x, torch.full((3,), 0.5), label)
     # z = x + (1 - s) v and eps = x - s v
-    torch.testing.assert_close(message.x0, x + 0.5 * half, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(message.eps, x - 0.5 * half, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(prediction.x0, x + 0.5 * half, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(prediction.eps, x - 0.5 * half, atol=1e-4, rtol=1e-4)
 
 
 def test_the_class_name_distinguishes_sit_from_dit() -> None:
@@ -793,7 +801,7 @@ def test_the_class_name_distinguishes_sit_from_dit() -> None:
 def test_convert_dit_and_sit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Pickles as they were published, or as training left them; to a folder, to a file and back."""
+    """Pickles as published, or with a training state; to a folder, to a file and back."""
     monkeypatch.chdir(tmp_path)
     net, file, _ = sit_file()
     torch.save(file, "net.pt")
@@ -857,6 +865,7 @@ def test_a_sit_draws_with_a_folder(tmp_path: Path) -> None:
     place.write_text(json.dumps({"_class_name": "DDIMScheduler", "beta_schedule": "linear"}))
     with pytest.raises(
         UserError,
-        match=r"scheduler_config\.json is of a process with target 'eps', and a SiTTransformer answers 'flow'",
+        match=r"scheduler_config\.json is of a process with target 'eps', and a SiTTransformer "
+        r"answers 'flow'",
     ):
         sfumato.load(tmp_path / "folder")

@@ -44,12 +44,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def actual(folders: dict[str, Path]) -> dict[str, Any]:
+def conditioners(folders: dict[str, Path]) -> dict[str, Any]:
     return {kind: named(kind).from_folder(folder) for kind, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """diffusers' pipelines of the same parts, which went through no file."""
     return {
         kind: pipeline(kind, text_encoders.parts(kind, tmp_path_factory.mktemp("parts") / kind))
@@ -81,34 +81,40 @@ def pipeline(kind: str, parts: dict[str, Any]) -> Any:
     return result
 
 
-def options(
+def diffusers_conditioning(
     pipe: Any,
     kind: str,
     prompts: list[str],
     second: list[str] | None = None,
     negative: bool = False,
 ) -> Conditioning:
-    """What diffusers makes of prompts, by our names. negative: as the negative prompts, where it
-    treats those apart.
+    """Conditioning of diffusers, under the names of sfumato.
+
+    negative: for negative prompts, where diffusers treats those apart.
     """
     with torch.no_grad():
         if kind.startswith("pixart"):
             length = 120 if kind == "pixart_alpha" else 300
-            say = {"negative_prompt": prompts} if negative else {}
+            negatives = {"negative_prompt": prompts} if negative else {}
             result = pipe.encode_prompt(
                 ["a"] * len(prompts) if negative else prompts,
                 negative,
                 device="cpu",
                 max_sequence_length=length,
-                **say,
+                **negatives,
             )
             tokens, mask = result[2:4] if negative else result[:2]
             return Conditioning(tokens, mask.bool())
         if kind.startswith("sd3"):
-            say = {"negative_prompt": prompts} if negative else {}
+            negatives = {"negative_prompt": prompts} if negative else {}
             first = ["a"] * len(prompts) if negative else prompts
             tokens, no_tokens, pooled, no_pooled = pipe.encode_prompt(
-                first, second, second, device="cpu", do_classifier_free_guidance=negative, **say
+                first,
+                second,
+                second,
+                device="cpu",
+                do_classifier_free_guidance=negative,
+                **negatives,
             )
             return (
                 Conditioning(no_tokens, vector=no_pooled)
@@ -137,10 +143,10 @@ def close(result: Conditioning, reference: Conditioning) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_are_read_as_diffusers_reads_them(
-    kind: str, actual: dict[str, Any], reference: dict[str, Any]
+    kind: str, conditioners: dict[str, Any], pipelines: dict[str, Any]
 ) -> None:
-    result = actual[kind](PROMPTS)
-    close(result, options(reference[kind], kind, PROMPTS))
+    result = conditioners[kind](PROMPTS)
+    close(result, diffusers_conditioning(pipelines[kind], kind, PROMPTS))
     assert torch.equal(result.tokens[0], result.tokens[3]) and not torch.allclose(
         result.tokens[0], result.tokens[1], atol=1e-3
     )
@@ -148,52 +154,64 @@ def test_prompts_are_read_as_diffusers_reads_them(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_prompt_is_the_empty_one_as_the_negative_prompt_is_there(
-    kind: str, actual: dict[str, Any], reference: dict[str, Any]
+    kind: str, conditioners: dict[str, Any], pipelines: dict[str, Any]
 ) -> None:
     negative = kind.startswith(("pixart", "sd3"))
-    close(actual[kind].null(2), options(reference[kind], kind, ["", ""], negative=negative))
+    close(
+        conditioners[kind].null(2),
+        diffusers_conditioning(pipelines[kind], kind, ["", ""], negative=negative),
+    )
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_second_prompts_go_where_diffusers_sends_them(
-    kind: str, actual: dict[str, Any], reference: dict[str, Any]
+    kind: str, conditioners: dict[str, Any], pipelines: dict[str, Any]
 ) -> None:
     second = ["two dogs", "a fox", "", "mat", "a cat", "runs"]
-    close(actual[kind](PROMPTS, None, second), options(reference[kind], kind, PROMPTS, second))
-    same = actual[kind](PROMPTS, None, [None] * len(PROMPTS))
+    close(
+        conditioners[kind](PROMPTS, None, second),
+        diffusers_conditioning(pipelines[kind], kind, PROMPTS, second),
+    )
+    same = conditioners[kind](PROMPTS, None, [None] * len(PROMPTS))
     assert all(
-        torch.equal(a, b) for a, b in zip(same.tensors, actual[kind](PROMPTS).tensors, strict=True)
+        torch.equal(a, b)
+        for a, b in zip(same.tensors, conditioners[kind](PROMPTS).tensors, strict=True)
     )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_long_prompt_is_cut_where_diffusers_cuts_it(
-    kind: str, actual: dict[str, Any], reference: dict[str, Any]
+    kind: str, conditioners: dict[str, Any], pipelines: dict[str, Any]
 ) -> None:
-    cut = replace(actual[kind], config=replace(actual[kind].config, truncation="cut"))
+    cut = replace(conditioners[kind], config=replace(conditioners[kind].config, truncation="cut"))
     close(
         cut(["a cat", LONG, LONG + "and a dog"]),
-        options(reference[kind], kind, ["a cat", LONG, LONG + "and a dog"]),
+        diffusers_conditioning(pipelines[kind], kind, ["a cat", LONG, LONG + "and a dog"]),
     )
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
-def test_what_clip_does_not_read_t5_does_and_the_log_says_so(
-    kind: str, actual: dict[str, Any], reference: dict[str, Any], caplog: pytest.LogCaptureFixture
+def test_t5_reads_the_tokens_that_clip_cuts_and_the_log_notes_it(
+    kind: str,
+    conditioners: dict[str, Any],
+    pipelines: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     prompt = "a cat and a red dog " * 12 + "fox"
     with caplog.at_level(logging.INFO):
-        result = actual[kind]([prompt])
+        result = conditioners[kind]([prompt])
     assert any("CLIP reads the first 75 of" in record.message for record in caplog.records)
-    close(result, options(reference[kind], kind, [prompt]))
-    shorter = actual[kind]([prompt.removesuffix("fox")])
+    close(result, diffusers_conditioning(pipelines[kind], kind, [prompt]))
+    shorter = conditioners[kind]([prompt.removesuffix("fox")])
     assert torch.equal(result.vector, shorter.vector) and not torch.equal(
         result.tokens, shorter.tokens
     )
 
 
 @pytest.mark.parametrize("kind", ["pixart_alpha", "pixart_sigma"])
-def test_pixart_takes_the_image_spec_as_in_diffusers(kind: str, actual: dict[str, Any]) -> None:
+def test_pixart_takes_the_image_spec_as_in_diffusers(
+    kind: str, conditioners: dict[str, Any]
+) -> None:
     """added_cond_kwargs of a network for 1024 pixels: resolution (height, width) and aspect_ratio
     height / width.
     """
@@ -206,21 +224,21 @@ def test_pixart_takes_the_image_spec_as_in_diffusers(kind: str, actual: dict[str
         1,
     )
     for result in (
-        actual[kind](["a cat", ""], ImageSpec(height, width)),
-        actual[kind].null(2, ImageSpec(height, width)),
+        conditioners[kind](["a cat", ""], ImageSpec(height, width)),
+        conditioners[kind].null(2, ImageSpec(height, width)),
     ):
         assert result.vector.dtype == torch.float32 and torch.equal(result.vector, reference)
-    assert actual[kind](["a cat"]).vector is None
+    assert conditioners[kind](["a cat"]).vector is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_saved_opens_in_diffusers_and_here(
-    kind: str, actual: dict[str, Any], reference: dict[str, Any], tmp_path: Path
+def test_saved_folders_open_in_diffusers_and_sfumato(
+    kind: str, conditioners: dict[str, Any], pipelines: dict[str, Any], tmp_path: Path
 ) -> None:
     import diffusers
 
-    actual[kind].save(tmp_path)
-    index = {"_class_name": text_encoders.PIPELINES[kind], **actual[kind].index()}
+    conditioners[kind].save(tmp_path)
+    index = {"_class_name": text_encoders.PIPELINES[kind], **conditioners[kind].index()}
     assert index.keys() - {"_class_name"} == text_encoders.parts(kind, tmp_path / "scratch").keys()
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     rest = dict.fromkeys(
@@ -230,28 +248,31 @@ def test_what_is_saved_opens_in_diffusers_and_here(
         tmp_path, local_files_only=True, **rest
     )
     parts = {name: getattr(loaded, name) for name in index if name != "_class_name"}
-    close(options(pipeline(kind, parts), kind, PROMPTS), options(reference[kind], kind, PROMPTS))
+    close(
+        diffusers_conditioning(pipeline(kind, parts), kind, PROMPTS),
+        diffusers_conditioning(pipelines[kind], kind, PROMPTS),
+    )
     again = named(kind).from_folder(tmp_path)
     assert (
-        again.config == actual[kind].config
-        and again.identity() == actual[kind].identity()
-        and again.index() == actual[kind].index()
+        again.config == conditioners[kind].config
+        and again.identity() == conditioners[kind].identity()
+        and again.index() == conditioners[kind].index()
     )
     assert all(
         torch.equal(a, b)
-        for a, b in zip(again(PROMPTS).tensors, actual[kind](PROMPTS).tensors, strict=True)
+        for a, b in zip(again(PROMPTS).tensors, conditioners[kind](PROMPTS).tensors, strict=True)
     )
-    written, kept = again.tensors(), actual[kind].tensors()
+    written, kept = again.tensors(), conditioners[kind].tensors()
     assert written.keys() == kept.keys() and all(
         torch.equal(tensor, kept[key]) for key, tensor in written.items()
     )
 
 
 @pytest.mark.parametrize("kind", ["pixart_alpha", "sd3", "flux", "flux2_dev", "flux2_klein"])
-def test_the_conditioning_widths_of_networks(kind: str, actual: dict[str, Any]) -> None:
-    result = actual[kind](["a"])
-    assert result.tokens.shape[-1] == actual[kind].width
-    assert actual[kind].device == torch.device("cpu")
+def test_the_conditioning_widths_of_networks(kind: str, conditioners: dict[str, Any]) -> None:
+    result = conditioners[kind](["a"])
+    assert result.tokens.shape[-1] == conditioners[kind].width
+    assert conditioners[kind].device == torch.device("cpu")
 
 
 def old(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -259,7 +280,7 @@ def old(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_decoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A whole T5, of which the encoder is wanted."""
+    """A whole T5, whose encoder alone is read."""
     return old(tensors) | {
         "decoder.final_layer_norm.weight": torch.ones(48),
         "lm_head.weight": torch.ones(192, 48),
@@ -312,7 +333,7 @@ def with_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_files_with_other_names_are_the_same_weights(
     kind: str,
     change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-    actual: dict[str, Any],
+    conditioners: dict[str, Any],
     folders: dict[str, Path],
     tmp_path: Path,
 ) -> None:
@@ -327,17 +348,17 @@ def test_files_with_other_names_are_the_same_weights(
     assert changed.keys() != tensors.keys()
     save_file(changed, file, {"format": "pt"})
     result = named(kind).from_folder(folder)
-    assert torch.equal(result(PROMPTS[:1]).tokens, actual[kind](PROMPTS[:1]).tokens)
+    assert torch.equal(result(PROMPTS[:1]).tokens, conditioners[kind](PROMPTS[:1]).tokens)
 
 
-def test_a_spiece_and_a_tokenizer_json_read_alike(actual: dict[str, Any]) -> None:
+def test_a_spiece_and_a_tokenizer_json_read_alike(conditioners: dict[str, Any]) -> None:
     from_spiece, from_json = (
-        actual["pixart_alpha"].encoder.tokenizer,
-        actual["flux"].encoder_2.tokenizer,
+        conditioners["pixart_alpha"].encoder.tokenizer,
+        conditioners["flux"].encoder_2.tokenizer,
     )
     assert (
-        actual["pixart_alpha"].encoder.identity()["tokenizer"]
-        == actual["flux"].encoder_2.identity()["tokenizer"]
+        conditioners["pixart_alpha"].encoder.identity()["tokenizer"]
+        == conditioners["flux"].encoder_2.identity()["tokenizer"]
     )
     for prompt in [*PROMPTS, LONG]:
         assert from_spiece(prompt).input_ids == from_json(prompt).input_ids

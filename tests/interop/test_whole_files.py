@@ -1,6 +1,7 @@
-"""Single files with a whole SD3 or FLUX model, and autoencoders alone: diffusers and transformers
-read what is written as the very same tensors under the very same keys, and it comes back from the
-file.
+"""Single files with a whole SD3 or FLUX model, and autoencoders alone.
+
+diffusers and transformers read written files as the same tensors under the same keys; sfumato reads
+them back.
 """
 
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers.loaders import single_file_utils as reference
+from diffusers.loaders import single_file_utils
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
@@ -189,10 +190,10 @@ def test_whole_and_back(family: str) -> None:
 def test_diffusers_reads_the_parts_of_sd3() -> None:
     networks = models("sd3")
     file = file_of(networks)
-    result = reference.convert_ldm_vae_checkpoint(dict(file), networks["vae"].config)
+    result = single_file_utils.convert_ldm_vae_checkpoint(dict(file), networks["vae"].config)
     assert equal_tensors(result, names(networks["vae"]))
     for part_name, name in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g")):
-        tower = reference.convert_ldm_clip_checkpoint(
+        tower = single_file_utils.convert_ldm_clip_checkpoint(
             dict(file), f"text_encoders.{name}.transformer."
         )
         expected = names(networks[part_name])
@@ -201,11 +202,11 @@ def test_diffusers_reads_the_parts_of_sd3() -> None:
             expected,
         )
     assert equal_tensors(
-        reference.convert_sd3_t5_checkpoint_to_diffusers(dict(file)),
+        single_file_utils.convert_sd3_t5_checkpoint_to_diffusers(dict(file)),
         names(networks["text_encoder_3"]),
     )
     assert equal_tensors(
-        reference.convert_sd3_transformer_checkpoint_to_diffusers(
+        single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(
             below(file, "model.diffusion_model.")
         ),
         names(networks["transformer"]),
@@ -271,8 +272,8 @@ def test_autoencoder_alone(family: str) -> None:
     # of others `convert` asks for the config
     assert families.detect(shapes, "file").tells_latents is (family == "flux2")
     config = None if family == "flux2" else {"vae": dict(network.config)}
-    for inputs in (file, {k: v for k, v in file.items() if k != BATCHES}):
-        result = read_whole(from_tensors(inputs), {}, "file", config)["vae"]
+    for tensors in (file, {k: v for k, v in file.items() if k != BATCHES}):
+        result = read_whole(from_tensors(tensors), {}, "file", config)["vae"]
         assert equal_tensors({k: v.load() for k, v in result.tensors.items()}, network.state_dict())
     if family == "flux2":
         assert all(
@@ -287,11 +288,12 @@ def test_autoencoder_alone(family: str) -> None:
         assert result.config["_class_name"] == "AutoencoderKLFlux2"
     else:
         assert equal_tensors(
-            reference.convert_ldm_vae_checkpoint(dict(file), network.config), network.state_dict()
+            single_file_utils.convert_ldm_vae_checkpoint(dict(file), network.config),
+            network.state_dict(),
         )
 
 
-def test_what_has_no_place_is_refused() -> None:
+def test_parts_without_a_place_are_refused() -> None:
     networks = models("flux")
     with pytest.raises(UserError, match="text_encoder_3 has no place"):
         write_whole(

@@ -175,8 +175,9 @@ def test_parity_in_float64(name: str) -> None:
 
 @torch.inference_mode()
 def test_parity_far_from_the_origin() -> None:
-    """Angles of hundreds of turns, rounded as theirs; more tokens than a feed-forward layer takes at
-    a time.
+    """Angles of hundreds of turns, rounded as in diffusers.
+
+    There are more tokens than a feed-forward layer takes at a time.
     """
     network, reference = actual(), peer()
     x, t, cond = inputs(network, (128, 20), (470, 3))
@@ -863,7 +864,7 @@ def test_defaults(
 
 
 @pytest.mark.parametrize("shift", [3.0, 6.0])
-def test_diffusers_opens_what_we_save(
+def test_diffusers_opens_saved_folders(
     shift: float, folders: dict[float, Path], tmp_path: Path
 ) -> None:
     """The same classes, the same tensors under the same names, and the same images."""

@@ -1,7 +1,7 @@
-"""What autoencoders of the ecosystem promise beyond parity: exact codes, straight-through
-gradients, packing, bits that do not depend on the batch, and the real weights of FLUX.2's tiny
-autoencoder against its published layers and the reference's PSNR.
+"""Promises of autoencoders beyond parity.
 
+They are exact codes, straight-through gradients, packing, bits that do not depend on the batch, and
+the real weights of FLUX.2's tiny autoencoder against its published layers and the reference's PSNR.
 The last needs the folder `shared` (weights/taef2_*.safetensors, data/clothing-256-train.parquet) in
 the checkout, beside it, or in SFUMATO_SHARED.
 """
@@ -134,8 +134,8 @@ def test_the_nearest_code_by_counting() -> None:
     chosen = distances.gather(-1, indices[..., None])[..., 0]
     assert torch.allclose(chosen, distances.min(-1).values, rtol=0, atol=1e-5)
     assert (indices == distances.argmin(-1)).double().mean() > 0.999
-    options = torch.arange(300).reshape(1, 15, 20)
-    assert torch.equal(book.nearest(book.look_up(options)), options)
+    expected = torch.arange(300).reshape(1, 15, 20)
+    assert torch.equal(book.nearest(book.look_up(expected)), expected)
     with torch.no_grad():
         book.embedding.weight[7] = book.embedding.weight[200]
     assert book.nearest(book.look_up(torch.tensor([[[200]]]))).item() == 7
@@ -290,7 +290,7 @@ def test_taef2_is_its_published_layers(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     files = [shared(f"weights/taef2_{half}.safetensors") for half in ("encoder", "decoder")]
-    actual = load_taesd(files[0], files[1])
+    autoencoder = load_taesd(files[0], files[1])
     encoder, decoder = ({k: v.double() for k, v in load_file(f).items()} for f in files)
     image = normal(1, 3, 64, 40).tanh()
     x = F.conv2d((image.double() + 1) / 2, encoder["0.weight"], encoder["0.bias"], padding=1)
@@ -302,7 +302,7 @@ def test_taef2_is_its_published_layers(tmp_path: Path) -> None:
             else published_block(x, encoder, str(n))
         )
     raw = F.conv2d(x, encoder["14.weight"], encoder["14.bias"], padding=1)
-    torch.testing.assert_close(actual.encode(image).double(), raw, rtol=1e-4, atol=3e-5)
+    torch.testing.assert_close(autoencoder.encode(image).double(), raw, rtol=1e-4, atol=3e-5)
     x = F.relu(F.conv2d((raw / 3).tanh() * 3, decoder["1.weight"], decoder["1.bias"], padding=1))
     for n in (3, 4, 5, 7, 8, 9, 10, 12, 13, 14, 15, 17, 18):
         doubled = f"{n}.weight" in decoder
@@ -314,14 +314,18 @@ def test_taef2_is_its_published_layers(tmp_path: Path) -> None:
             else published_block(x, decoder, str(n))
         )
     expected = F.conv2d(x, decoder["19.weight"], decoder["19.bias"], padding=1) * 2 - 1
-    torch.testing.assert_close(actual.decode(raw.float()).double(), expected, rtol=1e-4, atol=3e-5)
-    again = save_taesd(tmp_path / "again", actual)
+    torch.testing.assert_close(
+        autoencoder.decode(raw.float()).double(), expected, rtol=1e-4, atol=3e-5
+    )
+    again = save_taesd(tmp_path / "again", autoencoder)
     for before, after in zip(files, again, strict=True):
         first, second = load_file(before), load_file(after)
         assert first.keys() == second.keys() and all(
             torch.equal(first[k], second[k]) for k in first
         )
-    assert actual.config == load_taesd(tmp_path).config and actual.space.std == (1.0,) * 32
+    assert (
+        autoencoder.config == load_taesd(tmp_path).config and autoencoder.space.std == (1.0,) * 32
+    )
 
 
 @torch.inference_mode()

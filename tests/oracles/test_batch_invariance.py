@@ -334,7 +334,8 @@ def test_the_plain_layers_differ() -> None:
     ]
     if not any(result):
         pytest.skip(
-            "the kernels of this machine give plain layers' rows the same bits, so that they cannot show a difference"
+            "the kernels of this machine give plain layers' rows the same bits, so that they "
+            "cannot show a difference"
         )
 
 
@@ -351,21 +352,22 @@ def test_training_is_torchs_own() -> None:
         ),
         (batch_invariant.Conv2d(6, 8, 1), nn.Conv2d(6, 8, 1), normal(1, 6, 5, 5)),
     ]
-    for actual, reference, x in pairs:
-        reference.load_state_dict(actual.state_dict())
-        a, b = actual(x), reference(x)
+    for layer, plain, x in pairs:
+        plain.load_state_dict(layer.state_dict())
+        a, b = layer(x), plain(x)
         a.square().sum().backward()
         b.square().sum().backward()
         assert torch.equal(a, b) and all(
             torch.equal(p.grad, q.grad)
-            for p, q in zip(actual.parameters(), reference.parameters(), strict=True)
+            for p, q in zip(layer.parameters(), plain.parameters(), strict=True)
         )
 
 
 @torch.inference_mode()
 def test_values_are_torchs() -> None:
-    """To rounding: what is filled up does not show in the output, nor in its shape; of nothing
-    comes nothing.
+    """To rounding; padding changes neither the output nor its shape.
+
+    An empty batch gives an empty result.
     """
     linear, conv, pixel = (
         randomised(batch_invariant.Linear(6, 5)),

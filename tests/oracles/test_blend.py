@@ -1,5 +1,6 @@
-"""What lies between: noise on the arc, conditions on the line, and the series and variations that
-are made of them.
+"""Interpolation: noise on the arc, conditions on the line.
+
+Series and variations are made of them.
 """
 
 import math
@@ -70,7 +71,7 @@ def test_the_arc_between_exact_vectors() -> None:
     )
 
 
-def test_every_draw_is_blended_and_no_image_knows_its_neighbours() -> None:
+def test_every_draw_is_blended_and_no_image_depends_on_its_neighbours() -> None:
     def source(first: list[int], second: list[int], shares: list[float]) -> SlerpNoise:
         return SlerpNoise(SeededNoise(SHAPE, first), SeededNoise(SHAPE, second), shares)
 
@@ -104,9 +105,9 @@ def test_conditions_between_two() -> None:
     ]  # pyright: ignore
     result = interpolate_conditioning(three[0], three[1], [0.0, 0.25, 1.0])
     for door in ("tokens", "vector"):
-        actual, first, last = (getattr(c, door) for c in (result, a, b))
-        assert torch.equal(actual[0], first[0]) and torch.equal(actual[2], last[0])
-        assert torch.allclose(actual[1], 0.75 * first[0] + 0.25 * last[0], atol=1e-6)
+        middle, first, last = (getattr(c, door) for c in (result, a, b))
+        assert torch.equal(middle[0], first[0]) and torch.equal(middle[2], last[0])
+        assert torch.allclose(middle[1], 0.75 * first[0] + 0.25 * last[0], atol=1e-6)
     same = interpolate_conditioning(a, a, [0.3])
     assert torch.equal(same.tokens, a.tokens) and torch.equal(same.vector, a.vector)  # pyright: ignore
 
@@ -137,18 +138,18 @@ def test_variations_of_a_seed(kind: str, sampler: str) -> None:
     """0 is the seed's own picture, 1 the other seeds', whatever a sampler draws on the way;
     between, more is further.
     """
-    model, options = (
+    model, request = (
         MODELS[kind],
         Request("bag", n=3, steps=4, sampler=sampler, seed=5, guidance=1.0),
     )
-    plain, others = latents(model, replace(options, n=1)), latents(model, replace(options, seed=9))
+    plain, others = latents(model, replace(request, n=1)), latents(model, replace(request, seed=9))
     assert torch.equal(
-        latents(model, vary(options, seed=9, strength=0.0)), plain.expand(3, -1, -1, -1)
+        latents(model, vary(request, seed=9, strength=0.0)), plain.expand(3, -1, -1, -1)
     )
-    assert torch.equal(latents(model, vary(options, seed=9, strength=1.0)), others)
-    assert vary(options).noise_mix == ([6, 7, 8], [0.2] * 3)
+    assert torch.equal(latents(model, vary(request, seed=9, strength=1.0)), others)
+    assert vary(request).noise_mix == ([6, 7, 8], [0.2] * 3)
     away = [
-        (latents(model, vary(options, seed=9, strength=s)) - plain).flatten(1).norm(dim=1)
+        (latents(model, vary(request, seed=9, strength=s)) - plain).flatten(1).norm(dim=1)
         for s in (0.05, 0.3, 0.6, 1.0)
     ]
     assert all((b > a).all() for a, b in pairwise(away)), away
@@ -156,38 +157,38 @@ def test_variations_of_a_seed(kind: str, sampler: str) -> None:
 
 @every
 def test_variations_of_a_picture(kind: str) -> None:
-    model, options = MODELS[kind], Request("bag", n=2, steps=6, seed=3, guidance=1.0)
+    model, request = MODELS[kind], Request("bag", n=2, steps=6, seed=3, guidance=1.0)
     assert torch.equal(
-        latents(model, variations(model, PICTURES[0], options, strength=0.5)),
-        latents(model, image_to_image(model, PICTURES[0], options, strength=0.5)),
+        latents(model, variations(model, PICTURES[0], request, strength=0.5)),
+        latents(model, image_to_image(model, PICTURES[0], request, strength=0.5)),
     )
     z = model.encode(PICTURES[0])
     away = [
         float(
             (
-                latents(model, variations(model, PICTURES[0], options, strength=s, way="inversion"))
+                latents(model, variations(model, PICTURES[0], request, strength=s, way="inversion"))
                 - z
             ).norm()
         )
         for s in (0.0, 0.1, 0.4, 1.0)
     ]
     assert away == sorted(away) and away[0] < 0.1 * away[-1], away
-    fresh = latents(model, replace(options, sampler="ddim", height=16, width=16))
+    fresh = latents(model, replace(request, sampler="ddim", height=16, width=16))
     assert torch.equal(
-        latents(model, variations(model, PICTURES[0], options, strength=1.0, way="inversion")),
+        latents(model, variations(model, PICTURES[0], request, strength=1.0, way="inversion")),
         fresh,
     )
     two = variations(
         model,
         torch.cat(PICTURES),
-        replace(options, prompt=["bag", "ankle boot"], n=1),
+        replace(request, prompt=["bag", "ankle boot"], n=1),
         strength=0.0,
         way="inversion",
     )
     one = variations(
         model,
         PICTURES[1],
-        replace(options, prompt="ankle boot", n=1),
+        replace(request, prompt="ankle boot", n=1),
         strength=0.0,
         way="inversion",
     )
@@ -222,20 +223,20 @@ def test_variations_that_cannot_be() -> None:
     "way", [{"to_prompt": "ankle boot"}, {"to_seed": 9}, {"to_prompt": "ankle boot", "to_seed": 9}]
 )
 def test_a_series_ends_where_plain_runs_do(kind: str, sampler: str, way: dict[str, Any]) -> None:
-    model, options = (
+    model, request = (
         MODELS[kind],
         Request("bag", n=5, steps=4, sampler=sampler, seed=5, guidance=1.5),
     )
-    series = latents(model, interpolate(options, **way))
-    first = latents(model, replace(options, n=1))
+    series = latents(model, interpolate(request, **way))
+    first = latents(model, replace(request, n=1))
     last = latents(
-        model, replace(options, n=1, prompt=way.get("to_prompt", "bag"), seed=way.get("to_seed", 5))
+        model, replace(request, n=1, prompt=way.get("to_prompt", "bag"), seed=way.get("to_seed", 5))
     )
     assert (series[0] - first[0]).abs().max() < 1e-5 and (series[-1] - last[0]).abs().max() < 1e-5
     away = (series - first).flatten(1).norm(dim=1)
     assert (away[1:] > away[:-1]).all(), away
     alone = latents(
-        model, replace(interpolate(options, **way), n=1, **alone_at(interpolate(options, **way), 2))
+        model, replace(interpolate(request, **way), n=1, **alone_at(interpolate(request, **way), 2))
     )
     assert torch.equal(alone[0], series[2]), "a picture of the series alone"
 
@@ -251,16 +252,16 @@ def alone_at(request: Request, k: int) -> dict[str, Any]:
 @every
 @pytest.mark.parametrize("more", [{}, {"to_prompt": "ankle boot"}, {"to_seed": 9}])
 def test_a_series_between_pictures(kind: str, more: dict[str, Any]) -> None:
-    model, options = (
+    model, request = (
         MODELS[kind],
         Request("bag", n=5, steps=6, sampler="ddpm", seed=5, guidance=1.0),
     )
     series = latents(
-        model, interpolate_images(model, PICTURES[0], PICTURES[1], options, strength=0.5, **more)
+        model, interpolate_images(model, PICTURES[0], PICTURES[1], request, strength=0.5, **more)
     )
     ends = [
-        replace(options, n=1),
-        replace(options, n=1, prompt=more.get("to_prompt", "bag"), seed=more.get("to_seed", 5)),
+        replace(request, n=1),
+        replace(request, n=1, prompt=more.get("to_prompt", "bag"), seed=more.get("to_seed", 5)),
     ]
     for result, end, image in zip(series[[0, -1]], ends, PICTURES, strict=True):
         assert (
@@ -272,9 +273,9 @@ def test_a_series_between_pictures(kind: str, more: dict[str, Any]) -> None:
 
 @every
 def test_a_series_between_inverted_pictures(kind: str) -> None:
-    model, options = MODELS[kind], Request("bag", n=3, steps=10, guidance=1.0)
+    model, request = MODELS[kind], Request("bag", n=3, steps=10, guidance=1.0)
     plan = interpolate_images(
-        model, PICTURES[0], PICTURES[1], options, way="inversion", to_prompt="ankle boot"
+        model, PICTURES[0], PICTURES[1], request, way="inversion", to_prompt="ankle boot"
     )
     series = latents(model, plan)
     z = torch.cat([model.encode(image) for image in PICTURES])
@@ -288,25 +289,25 @@ def test_a_series_between_inverted_pictures(kind: str) -> None:
 
 
 def test_series_that_cannot_be() -> None:
-    model, options = MODELS["flow"], Request("bag", n=3)
+    model, request = MODELS["flow"], Request("bag", n=3)
     cases: tuple[tuple[Request, dict[str, Any], str], ...] = (
-        (options, {}, "nothing to go to"),
-        (replace(options, n=1), {"to_seed": 1}, "at least 2 pictures"),
-        (replace(options, prompt=["bag"] * 3), {"to_seed": 1}, "one text for the first"),
-        (interpolate(options, to_seed=2), {"to_seed": 1}, "between two prompts or seeds already"),
-        (options, {"to_seed": True}, "to_seed=True: expected a whole number"),
+        (request, {}, "nothing to go to"),
+        (replace(request, n=1), {"to_seed": 1}, "at least 2 pictures"),
+        (replace(request, prompt=["bag"] * 3), {"to_seed": 1}, "one text for the first"),
+        (interpolate(request, to_seed=2), {"to_seed": 1}, "between two prompts or seeds already"),
+        (request, {"to_seed": True}, "to_seed=True: expected a whole number"),
     )
-    for request, way, message in cases:
+    for start, way, message in cases:
         with pytest.raises(UserError, match=message):
-            interpolate(request, **way)
+            interpolate(start, **way)
     with pytest.raises(UserError, match="of the same size"):
-        interpolate_images(model, PICTURES[0], torch.zeros(1, 1, 16, 20), options)
+        interpolate_images(model, PICTURES[0], torch.zeros(1, 1, 16, 20), request)
     with pytest.raises(UserError, match="the noise is that of the pictures"):
-        interpolate_images(model, PICTURES[0], PICTURES[1], options, way="inversion", to_seed=1)
+        interpolate_images(model, PICTURES[0], PICTURES[1], request, way="inversion", to_seed=1)
     with pytest.raises(UserError, match="unknown way between pictures"):
-        interpolate_images(model, PICTURES[0], PICTURES[1], options, way="magic")
+        interpolate_images(model, PICTURES[0], PICTURES[1], request, way="magic")
     with pytest.raises(UserError, match="unknown class 'dog'"):
-        model.run(interpolate(options, to_prompt="dog"))
+        model.run(interpolate(request, to_prompt="dog"))
     with pytest.raises(UserError, match="expected one text for all images at each end"):
         model.run(Request(["bag", "bag"], prompt_mix=("ankle boot", [0, 1])))
 
@@ -320,10 +321,10 @@ def test_a_model_goes_on_where_it_stopped(kind: str, sampler: str) -> None:
     """Handed over to itself a run is the whole run to the last bit, the noise that is drawn on the
     way too.
     """
-    model, options = MODELS[kind], Request(["bag", "ankle boot"], steps=10, sampler=sampler, seed=3)
-    whole = latents(model, options)
+    model, request = MODELS[kind], Request(["bag", "ankle boot"], steps=10, sampler=sampler, seed=3)
+    whole = latents(model, request)
     for at in (0.2, 0.55, 0.8):
-        assert torch.equal(latents(model, refine(model, model, options, at=at)), whole)
+        assert torch.equal(latents(model, refine(model, model, request, at=at)), whole)
 
 
 def test_latents_are_handed_over_at_the_noise_that_they_have() -> None:
@@ -331,8 +332,8 @@ def test_latents_are_handed_over_at_the_noise_that_they_have() -> None:
     time of the same noise level.
     """
     base, second = MODELS["v"], MODELS["flow"]
-    options = Request("bag", steps=10, seed=3)
-    plans = handover(base, second, options, at=0.6)
+    request = Request("bag", steps=10, seed=3)
+    plans = handover(base, second, request, at=0.6)
     first, x = plans.first, latents(base, plans.first)
     last = plans.resume(x)
     assert last.request.noisy_latent is not None

@@ -464,7 +464,7 @@ def test_no_group_falls_behind_by_a_batch_and_none_comes_in_a_row() -> None:
 
 def test_the_order_is_a_function_of_seed_and_step() -> None:
     groups = ranges((13, 3, 40, 1))
-    straight = [BatchSampler(groups, 4, 7)(step) for step in range(60)]  # each asked of a new one
+    straight = [BatchSampler(groups, 4, 7)(step) for step in range(60)]  # each of a new one
     order = BatchSampler(groups, 4, 7)
     for step in np.random.default_rng(0).permutation(60).tolist():
         assert torch.equal(order(step), straight[step])

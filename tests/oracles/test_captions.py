@@ -1,5 +1,7 @@
-"""Training from captions: what the network is told is what the encoder says of each caption, and
-the model that comes out reads prompts.
+"""Training from captions.
+
+The network's condition is the encoder's output for each caption, and the trained model takes
+prompts.
 """
 
 import json
@@ -44,10 +46,10 @@ class Letters(Conditioner):
     name = "letters"
 
     def __init__(self, masked: bool = True):
-        self.masked, self.options = masked, []
+        self.masked, self.prompts = masked, []
 
     def encode(self, prompts: Sequence[str | None], image_spec: Any, second: Any) -> Conditioning:
-        self.options += prompts
+        self.prompts += prompts
         codes = [[float(ord(c)) for c in f"^{p or ''}"] for p in prompts]
         tokens = torch.tensor([c + [-1e3] * (12 - len(c)) for c in codes])[
             ..., None
@@ -61,10 +63,13 @@ class Letters(Conditioner):
 
 def test_every_caption_is_read_once_and_indexed() -> None:
     captions, reader = ["abc", "", "z", "abc", "abcdef"], Letters()
-    settings = Captions(reader, captions, batch_size=2)
-    assert sorted(reader.options) == ["", "abc", "abcdef", "z"]
+    conditioner = Captions(reader, captions, batch_size=2)
+    assert sorted(reader.prompts) == ["", "abc", "abcdef", "z"]
     numbers = torch.tensor([4, 0, 3, 1, 2, 2])
-    result, expected = settings.from_labels(numbers), Letters()([captions[int(k)] for k in numbers])
+    result, expected = (
+        conditioner.from_labels(numbers),
+        Letters()([captions[int(k)] for k in numbers]),
+    )
     assert (
         result.tokens is not None
         and result.mask is not None
@@ -76,7 +81,7 @@ def test_every_caption_is_read_once_and_indexed() -> None:
         result.mask, expected.mask[:, :7]
     )
     assert not expected.mask[:, 7:].any()
-    nothing = settings.null(3)
+    nothing = conditioner.null(3)
     assert nothing.tokens is not None and torch.equal(
         nothing.tokens, Letters()(["", "", ""]).tokens[:, :7]
     )  # pyright: ignore
@@ -84,7 +89,7 @@ def test_every_caption_is_read_once_and_indexed() -> None:
     assert plain.mask is None and plain.tokens is not None and plain.tokens.shape[1] == 12
 
 
-def test_what_is_cut_off_changes_no_answer() -> None:
+def test_cut_padding_changes_no_prediction() -> None:
     torch.manual_seed(0)
     network = ModernDiT(replace(NETWORK, in_channels=2, sample_size=4, caption_channels=3)).eval()
     for weight in network.parameters():
@@ -120,7 +125,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(place: Path, **changes: Any) -> DenoiserRecipe:
     return DenoiserRecipe(
-        autoencoder=place / "tiny", data=DataSettings(source=str(place / "pictures"), size=16, held_out=0.1), network=NETWORK, text=place / "t5",
+        autoencoder=place / "tiny",
+        data=DataSettings(source=str(place / "pictures"), size=16, held_out=0.1), network=NETWORK,
+        text=place / "t5",
         schedule="flow", parameterization="flow", loop=LOOP, defaults=Defaults(steps=2), **changes,
     )  # fmt: skip
 
@@ -183,11 +190,13 @@ def test_a_run_that_stopped_goes_on_with_the_same_captions(place: Path, tmp_path
         ),
         (
             {"text": "tiny"},
-            "expected a model's folder with text encoders, or a sentence encoder's, which has a config.json",
+            "expected a model's folder with text encoders, or a sentence encoder's, which has a "
+            "config.json",
         ),
         (
             {"autoencoder": "pictures"},
-            "has no trained autoencoder: run `sfumato train autoencoder` first, or give --autoencoder",
+            "has no trained autoencoder: run `sfumato train autoencoder` first, or give "
+            "--autoencoder",
         ),
         (
             {"autoencoder": "t5/text_encoder"},
@@ -195,7 +204,7 @@ def test_a_run_that_stopped_goes_on_with_the_same_captions(place: Path, tmp_path
         ),
     ],
 )
-def test_what_cannot_be_is_explained(
+def test_bad_recipes_are_explained(
     place: Path, tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
     made = recipe(place)

@@ -24,8 +24,9 @@ from sfumato.types import LatentSpace
 
 
 class Linear(Autoencoder):
-    """A decoder of two 3x3 convolutions around a nearest-neighbour doubling: it sees 1.5 latent
-    cells around a pixel, so 2 are enough.
+    """A decoder of two 3x3 convolutions around a nearest-neighbour doubling.
+
+    Its receptive field is 1.5 latent cells around a pixel, so 2 are enough.
     """
 
     def __init__(self, reach: int = 1) -> None:
@@ -83,7 +84,7 @@ def test_one_tile_that_covers_everything_is_the_whole_exactly(size: tuple[int, i
 
 @pytest.mark.parametrize("size", [(40, 33), (12, 50), (18, 12), (64, 7)])
 @pytest.mark.parametrize(("tile", "overlap"), [(12, 8), (16, 8), (17, 9), (12, 11)])
-def test_tiles_are_the_whole_where_the_overlap_covers_what_a_pixel_sees(
+def test_tiles_are_the_whole_where_the_overlap_covers_the_receptive_field(
     size: tuple[int, int], tile: int, overlap: int
 ) -> None:
     """Linear() looks 2 cells far: a quarter of every overlap here."""
@@ -156,7 +157,7 @@ def test_no_step_at_the_borders_of_tiles(part: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         sys.modules["sfumato.decode.tiled"], "_ramp", lambda start, tile, *_: torch.ones(tile)
     )
-    assert steps()[0] > 2 * at  # without ramps there are seams: the measure sees them
+    assert steps()[0] > 2 * at  # without ramps there are seams: the measure detects them
 
 
 @pytest.mark.parametrize("length", [1, 7, 12, 13, 29, 64, 100])

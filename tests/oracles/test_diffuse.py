@@ -166,10 +166,10 @@ def test_log_snr_and_timestep_have_inverses(kind: str, t: float, steps: int) -> 
         else ALL[kind]
     )
     assert float(chosen.from_log_snr(chosen.log_snr(t))) == pytest.approx(t, abs=1e-7)
-    # networks know no noise below the first
-    available = max(t, chosen.first if chosen.grid or kind in EXPLODING else 0.0)
+    # networks are trained on no noise below the first
+    nearest = max(t, chosen.first if chosen.grid or kind in EXPLODING else 0.0)
     assert float(chosen.time(chosen.timestep(torch.tensor(t, dtype=F64)))) == pytest.approx(
-        available, abs=1e-7
+        nearest, abs=1e-7
     )
     many = torch.tensor([[t, 0.5], [1.0, t / 2]], dtype=F64)
     assert torch.allclose(chosen.from_log_snr(chosen.log_snr(many)), many, atol=1e-7)  # any shape
@@ -228,8 +228,9 @@ def test_zero_terminal_snr_is_lins_algorithm(kind: str) -> None:
 
 
 def test_shift_divides_the_signal_to_noise_ratio_of_a_flow() -> None:
-    """Esser et al. 2024, eq. 23: t' = s t / (1 + (s - 1) t); and networks are told the noise that
-    they see.
+    """Esser et al. 2024, eq. 23: t' = s t / (1 + (s - 1) t).
+
+    The timestep of the network is that of its noise level.
     """
     t = torch.linspace(0.01, 1, 50, dtype=F64)
     for shift in (0.5, 3.0):
@@ -343,7 +344,7 @@ def test_split_inverts_add_noise_and_target(kind: str, name: str, dtype: torch.d
 
 
 @pytest.mark.parametrize(("kind", "name"), PAIRS)
-def test_what_is_worked_out_late_is_what_the_pair_gives(kind: str, name: str) -> None:
+def test_late_predictions_equal_those_of_the_pair(kind: str, name: str) -> None:
     """Combinations, lines through two predictions, and the finite check of a `LinearPrediction`
     against those of its x0 and eps.
     """
@@ -380,7 +381,7 @@ def test_what_is_worked_out_late_is_what_the_pair_gives(kind: str, name: str) ->
                 output = one.away(two, scale)
                 assert torch.allclose(output.x0, then.x0 + scale * (now.x0 - then.x0), **close)
                 assert torch.allclose(output.eps, then.eps + scale * (now.eps - then.eps), **close)
-            # asked elsewhere, or of a network that speaks otherwise: not one line through one x
+            # of another x, or of another parameterization: not one line through one x
             for far in moved:
                 output = late.away(far, scale)
                 assert torch.allclose(
@@ -465,8 +466,9 @@ def test_ddim_converges_with_order_one(kind: str) -> None:
 
 
 def features(points: Tensor) -> Tensor:
-    """What is compared: the coordinates, their products, and which component a point belongs to
-    (soft): (N, 8).
+    """Compared features: the coordinates, their products, and the component of a point (soft).
+
+    The result is (N, 8).
     """
     a, b = points.T
     return torch.cat(
@@ -489,8 +491,9 @@ NOISY = [
 
 
 def flow_end(chosen) -> Callable[[Tensor, float], Prediction]:
-    """What a perfectly distilled network would say: x0 is the end of the flow through x, by
-    DPM-Solver-3 in 60 steps of log-SNR.
+    """The prediction of a perfectly distilled network: x0 is the end of the flow through x.
+
+    It is computed by DPM-Solver-3 in 60 steps of log-SNR.
     """
     solver = find("diffuse.samplers", "dpm_solver_3")
 
@@ -639,7 +642,7 @@ def test_one_step_keeps_the_variance(kind: str, t: float, s: float) -> None:
     ("sampler", "options"), [(ddpm, {}), (ddpm, {"variance": "large"}), (ddim, {"eta": 1.0})]
 )
 def test_the_last_step_draws_no_noise(sampler, options) -> None:
-    """At t = 0 nothing would remove it; `never` raises if it is asked."""
+    """At t = 0 nothing would remove it; `never` raises if it is called."""
     chosen = schedule("cosine")
     assert (
         run_sampler(
@@ -737,7 +740,7 @@ def test_image_k_of_a_batch_has_the_noise_of_its_own_seed() -> None:
     assert not torch.equal(first[0], first[1])
 
 
-def test_noise_is_what_torch_draws_from_the_seed_one_draw_after_the_other() -> None:
+def test_noise_equals_successive_draws_of_torch_from_the_seed() -> None:
     """As with `torch.Generator().manual_seed(seed)` in other libraries, whatever is drawn in
     advance; odd sizes too.
     """
@@ -1025,10 +1028,10 @@ def test_samplers_that_are_one_and_the_same(
     x = math.hypot(*chosen.point(1.0)) * normal(20, 2, 1, 1)
     ends = [
         run_sampler(
-            find("diffuse.samplers", name)(x, times, chosen, stream(x.shape), **given),
+            find("diffuse.samplers", name)(x, times, chosen, stream(x.shape), **values),
             exact_denoiser(chosen),
             1,
         )
-        for name, given in ((one, options), (other, others))
+        for name, values in ((one, options), (other, others))
     ]
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-7, atol=1e-7)

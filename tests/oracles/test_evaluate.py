@@ -126,8 +126,9 @@ def test_statistics_file_is_exact_and_guards_its_hashes(tmp_path) -> None:
 
 
 def test_manifold_of_points_on_a_line() -> None:
-    """Real 0, 1, 2, 3 and 10 with k = 1: radii 1, 1, 1, 1, 7. Samples 0.5, 2.5, 20, 21: radii 2, 2,
-    1, 1.
+    """Real 0, 1, 2, 3 and 10 with k = 1: radii 1, 1, 1, 1, 7.
+
+    Samples 0.5, 2.5, 20, 21: radii 2, 2, 1, 1.
     """
     real = torch.tensor([0.0, 1, 2, 3, 10])[:, None]
     samples = torch.tensor([0.5, 2.5, 20, 21])[:, None]
@@ -199,7 +200,7 @@ def test_nearest_against_cdist_and_exact_for_duplicates() -> None:
 # Memorisation
 
 
-def test_memorisation_tells_copies_from_fresh_draws() -> None:
+def test_memorisation_distinguishes_copies_from_fresh_draws() -> None:
     train, held_out = noise(2000, 6), noise(1000, 6, seed=1)
     honest = memorisation(noise(1000, 6, seed=2), train, held_out)
     assert honest.ratio == pytest.approx(1, abs=0.06) and honest.closer_share < 0.03
@@ -220,7 +221,7 @@ def test_psnr_of_a_constant_offset() -> None:
     assert psnr(a, a) == math.inf
 
 
-def test_both_psnr_are_what_they_say() -> None:
+def test_psnr_of_the_mean_error_and_mean_psnr() -> None:
     a = torch.zeros(2, 1, 12, 12)
     b = torch.stack([torch.full((1, 12, 12), 0.5), torch.full((1, 12, 12), 0.0625)])
     assert psnr(a, b) == pytest.approx(-10 * math.log10((0.25 + 0.0625**2) / 2))
@@ -318,7 +319,10 @@ def test_report_is_the_same_to_the_last_digit() -> None:
     ]
     assert texts[0] == texts[1]
     result = json.loads(texts[0])
-    names = "frechet_distance precision recall density coverage memorisation_ratio memorisation_share class_accuracy psnr psnr_mean ssim"
+    names = (
+        "frechet_distance precision recall density coverage memorisation_ratio "
+        "memorisation_share class_accuracy psnr psnr_mean ssim"
+    )
     assert {*names.split(), "reconstruction_frechet_distance"} == set(result["metrics"])
     assert all(isinstance(m["floor"], float) for m in result["metrics"].values())
     assert result["settings"] == {
@@ -359,13 +363,13 @@ def test_samples_from_a_function_and_the_order_of_samples() -> None:
         assert (n, batch, seed) == (40, 100, 0)
         return uniform(40, 3, 16, 16, seed=1)
 
-    inputs = report_parts()
-    assert report_parts(samples=make, n=40).to_json() == inputs.to_json()
+    expected = report_parts()
+    assert report_parts(samples=make, n=40).to_json() == expected.to_json()
     order = torch.randperm(40, generator=torch.Generator().manual_seed(5))
     moved = report_parts(
         samples=uniform(40, 3, 16, 16, seed=1)[order], labels=(torch.arange(40) % 8)[order]
     )
-    for metric in inputs.metrics:
+    for metric in expected.metrics:
         assert moved[metric.name].value == pytest.approx(metric.value, rel=1e-9), metric.name
 
 

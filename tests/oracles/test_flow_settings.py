@@ -1,5 +1,7 @@
-"""What flow matching adds: the distribution of training times, a shift that follows the picture's
-size, guidance that a network has learned.
+"""Settings of flow matching.
+
+They are the distribution of training times, a shift that follows the image's size, and guidance
+that a network has learned.
 """
 
 import math
@@ -93,7 +95,7 @@ FLUX = {
 FLUX |= {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 
 
-def test_the_word_of_a_dynamic_shift_says_it_all() -> None:
+def test_the_spec_of_a_dynamic_shift_is_complete() -> None:
     recipe = read_scheduler(FLUX, even=True)
     assert recipe.dynamic is not None and recipe.default_spacing == recipe.dynamic.spec == "dynamic"
     other = DynamicShift((100, 0.4), (900, 0.9), False, False, 0.1)
@@ -122,7 +124,7 @@ def test_larger_pictures_are_shifted_further() -> None:
         all(b > a for a, b in zip(small[1:-1], large[1:-1], strict=True))
         and small[0] == large[0] == 1
     )
-    message = list(
+    dynamic = list(
         model.plan(
             Request(
                 steps=4,
@@ -132,7 +134,7 @@ def test_larger_pictures_are_shifted_further() -> None:
             )
         ).timesteps
     )
-    assert message == large
+    assert dynamic == large
 
 
 def test_a_saved_model_keeps_its_dynamic_shift(tmp_path: Path) -> None:
@@ -152,7 +154,7 @@ def test_a_saved_model_keeps_its_dynamic_shift(tmp_path: Path) -> None:
 # ---- learned guidance ----------------------------------------------------------------------------
 
 
-class Settings(Network):
+class GuidanceEcho(Network):
     """A network that answers with the last number of its vector, and counts its calls."""
 
     def __init__(self) -> None:
@@ -172,11 +174,11 @@ class Settings(Network):
         return x * 0 + cond.vector[:, -1, None, None, None] * 1e-3
 
     def to_config(self) -> dict[str, Any]:
-        return {"_class_name": "Told"}
+        return {"_class_name": "GuidanceEcho"}
 
 
-def listening(**defaults: Any) -> tuple[LatentDiffusion, Settings]:
-    model, network = tiny_model("flow"), Settings()
+def echo_model(**defaults: Any) -> tuple[LatentDiffusion, GuidanceEcho]:
+    model, network = tiny_model("flow"), GuidanceEcho()
     denoiser = replace(model.denoiser, network=network)
     return replace(model, denoiser=denoiser, defaults=Defaults(steps=2, **defaults)), network
 
@@ -195,14 +197,14 @@ def listening(**defaults: Any) -> tuple[LatentDiffusion, Settings]:
 def test_distilled_guidance_reaches_the_network(
     requested: dict[str, Any], heard: float, passes: int
 ) -> None:
-    model, network = listening()
+    model, network = echo_model()
     model.generate("bag", output="latent", **requested)
     assert set(network.heard) == {heard} and network.rows == 2 * passes
     assert model.settings(**requested)["distilled_guidance"] == heard
 
 
-def test_a_models_own_strength_is_its_default_and_predict_tells_it() -> None:
-    model, network = listening(distilled_guidance=30.0)
+def test_a_models_own_strength_is_its_default_and_predict_passes_it() -> None:
+    model, network = echo_model(distilled_guidance=30.0)
     model.predict(torch.zeros(1, 2, 8, 8), 0.5, "bag")
     assert network.heard == [30.0]
 
@@ -211,6 +213,6 @@ def test_other_models_refuse_a_learned_guidance() -> None:
     with pytest.raises(UserError, match="is not guidance-distilled"):
         tiny_model("flow").generate("bag", distilled_guidance=3.0)
     with pytest.raises(UserError, match="distilled_guidance"):
-        listening()[0].generate("bag", distilled_guidance=-1.0)
+        echo_model()[0].generate("bag", distilled_guidance=-1.0)
     with pytest.raises(UserError, match="distilled_guidance"):
         Defaults(distilled_guidance=float("nan"))

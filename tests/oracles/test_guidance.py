@@ -28,8 +28,9 @@ from sfumato.types import Conditioning, Prediction
 
 
 def solvable(kind: str, name: str) -> bool:
-    """Whether `Process` takes the pair: it refuses those with a time at which y says nothing about
-    z, or x nothing about eps.
+    """True if `Process` takes the pair.
+
+    It refuses a time at which y does not depend on z, or x not on eps.
     """
     try:
         Process(schedule(kind), parameterization(name))
@@ -129,8 +130,12 @@ def test_the_combination_does_not_depend_on_the_parameterization(
     """
     denoiser, x, conditioning, reference = setup(kind, name)
     t = 0.4
-    actual, peer = (denoiser.output(x, t, c).double() for c in (conditioning, reference))
-    expected = denoiser.process.split(x.double(), peer + weight * (actual - peer), t)
+    conditional, unconditional = (
+        denoiser.output(x, t, c).double() for c in (conditioning, reference)
+    )
+    expected = denoiser.process.split(
+        x.double(), unconditional + weight * (conditional - unconditional), t
+    )
     result = classifier_free(denoiser, reference, weight)(x, t, conditioning)
     size = 2e-6 * (1 + weight) * condition(denoiser.process, t)
     for a, b in ((result.x0, expected.x0), (result.eps, expected.eps)):
@@ -166,7 +171,7 @@ def test_the_combination_is_linear_in_its_weight(weight: float, seed: int) -> No
     assert torch.allclose(same.x0, at[1].x0, atol=1e-5 * (1 + weight))
 
 
-def test_guidance_sharpens_a_gaussian_as_its_formula_says() -> None:
+def test_guidance_sharpens_a_gaussian_by_its_formula() -> None:
     """Classes N(m, 1) and N(-m, 1), both equally likely: at w the score is that of p(x) p(c | x)^w
     (Ho & Salimans 2022, section 3.2).
     """
@@ -198,7 +203,10 @@ def test_guidance_sharpens_a_gaussian_as_its_formula_says() -> None:
 
 
 def test_a_batch_is_guided_row_by_row() -> None:
-    """Row k of a batch is what it is alone: neighbours do not leak through the doubled batch."""
+    """Row k of a batch is the same as alone.
+
+    Neighbours do not leak through the doubled batch.
+    """
     denoiser, x, conditioning, reference = setup()
     together = classifier_free(denoiser, reference, 4.0)(x, 0.3, conditioning)
     for k in range(3):
@@ -215,19 +223,20 @@ class Open(nn.Module):
         self.weight = nn.Parameter(torch.ones(1))
         self.calls: list[int] = []
 
-    def forward(self, x: Tensor, timestep: Tensor, given: Conditioning) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         self.calls.append(len(x))
         pulls = [
             v.flatten(1).sum(1)[:, None, None, None]
-            for v in (given.vector, given.tokens)
+            for v in (conditioning.vector, conditioning.tokens)
             if v is not None
         ]
         return 0.3 * x + sum(pulls, torch.zeros(()))
 
 
 def test_conditions_of_different_inputs_take_two_passes() -> None:
-    """An image prompt against no image prompt, say: questions whose open doors differ cannot be one
-    batch, and need not be.
+    """An image prompt and no image prompt, for example.
+
+    Evaluations whose conditions have different fields cannot be one batch.
     """
     _, x, conditioning, other = setup()
     denoiser = Denoiser(Open(), Process(schedule("cosine"), parameterization("v")))
@@ -242,7 +251,7 @@ def test_conditions_of_different_inputs_take_two_passes() -> None:
 
 
 class InItsOwnDtype(nn.Module):
-    """Says what it was called with, and returns zeros in its dtype."""
+    """Record the inputs of a call, and return zeros in the network's dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -347,9 +356,9 @@ def predictions(
 
 
 def join(
-    name: str, given: tuple[Tensor, Moment, list[Prediction]], w: float | Tensor, **options
+    name: str, inputs: tuple[Tensor, Moment, list[Prediction]], w: float | Tensor, **options
 ) -> Prediction:
-    return find("predict.guidance.rules", name)(**options).begin()(*given, w)
+    return find("predict.guidance.rules", name)(**options).begin()(*inputs, w)
 
 
 def near(result: Prediction, expected: Prediction, tolerance: float = 1e-10) -> None:
@@ -363,11 +372,11 @@ def test_rescale_keeps_the_conditionals_contrast(point: tuple[float, float], phi
     """Lin et al., eq. 15-16, on x0: at phi 1 each image has the conditional's standard deviation,
     at phi 0 that of plain guidance.
     """
-    given = predictions(point)
+    inputs = predictions(point)
     result, (conditional, _), plain = (
-        join("rescale", given, 5.0, phi=phi),
-        given[2],
-        join("linear", given, 5.0),
+        join("rescale", inputs, 5.0, phi=phi),
+        inputs[2],
+        join("linear", inputs, 5.0),
     )
     width, wide, kept = (p.x0.flatten(1).std(1) for p in (result, plain, conditional))
     torch.testing.assert_close(width, phi * kept + (1 - phi) * wide)
@@ -379,21 +388,21 @@ def test_rescale_keeps_the_conditionals_contrast(point: tuple[float, float], phi
 
 @points
 def test_projection_with_nothing_taken_away_is_plain_guidance(point: tuple[float, float]) -> None:
-    given = predictions(point)
-    near(join("project", given, 4.0, eta=1.0), join("linear", given, 4.0), 1e-8)
+    inputs = predictions(point)
+    near(join("project", inputs, 4.0, eta=1.0), join("linear", inputs, 4.0), 1e-8)
 
 
 @points
 @pytest.mark.parametrize("eta", [0.0, 0.3])
-def test_projection_damps_what_lies_along_the_conditional(
+def test_projection_damps_the_part_along_the_conditional(
     point: tuple[float, float], eta: float
 ) -> None:
     """Of the step from x0_c, the part along x0_c is eta times that of plain guidance, and the part
     across is the same.
     """
-    given = predictions(point)
-    base = given[2][0].x0
-    steps = [join("project", given, 4.0, eta=eta).x0 - base, join("linear", given, 4.0).x0 - base]
+    inputs = predictions(point)
+    base = inputs[2][0].x0
+    steps = [join("project", inputs, 4.0, eta=eta).x0 - base, join("linear", inputs, 4.0).x0 - base]
     along = [
         torch.linalg.vecdot(s.flatten(1), base.flatten(1)) / base.flatten(1).square().sum(1)
         for s in steps
@@ -407,20 +416,20 @@ def test_projection_bounds_its_step_and_remembers() -> None:
     """Each image's ||x0 - x0_c|| is at most (w - 1) times the threshold; momentum is D_k + m
     D_(k-1) + m^2 D_(k-2) ...
     """
-    given = [predictions((0.5, 0.5), seed=10 * k) for k in range(3)]
-    steps = [g[2][0].x0 - g[2][1].x0 for g in given]
+    inputs = [predictions((0.5, 0.5), seed=10 * k) for k in range(3)]
+    steps = [g[2][0].x0 - g[2][1].x0 for g in inputs]
     bound = 0.7 * steps[0].flatten(1).norm(dim=1).median()
     for k, size in enumerate(
-        (join("project", given[0], 3.0, eta=1.0, threshold=float(bound)).x0 - given[0][2][0].x0)
+        (join("project", inputs[0], 3.0, eta=1.0, threshold=float(bound)).x0 - inputs[0][2][0].x0)
         .flatten(1)
         .norm(dim=1)
     ):
         torch.testing.assert_close(size, 2.0 * torch.minimum(bound, steps[0][k].norm()))
     combine = find("predict.guidance.rules", "project")(eta=1.0, momentum=-0.5).begin()
     for k in range(3):
-        result = combine(*given[k], 3.0)
+        result = combine(*inputs[k], 3.0)
         torch.testing.assert_close(
-            result.x0 - given[k][2][0].x0,
+            result.x0 - inputs[k][2][0].x0,
             2.0 * sum((-0.5) ** (k - j) * steps[j] for j in range(k + 1)),
         )
 
@@ -433,21 +442,23 @@ def test_zero_star_scales_the_reference_as_well_as_can_be(
     """v = (1 - w) s v_ref + w v_c, where s minimises ||v_c - s v_ref||: no other s is nearer, and
     the residual is orthogonal to v_ref.
     """
-    given = predictions(point)
-    result = join("zero_star", given, w, zero_steps=0)
-    actual, peer = (p.eps - p.x0 for p in given[2])
-    flat = [v.flatten(1) for v in (actual, peer)]
+    inputs = predictions(point)
+    result = join("zero_star", inputs, w, zero_steps=0)
+    conditional, unconditional = (p.eps - p.x0 for p in inputs[2])
+    flat = [v.flatten(1) for v in (conditional, unconditional)]
     s = torch.stack(
         [
             torch.linalg.lstsq(b[:, None], a[:, None]).solution[0, 0]
             for a, b in zip(*flat, strict=True)
         ]
     )[:, None, None, None]
-    torch.testing.assert_close(result.eps - result.x0, (1 - w) * s * peer + w * actual)
-    left = (actual - s * peer).flatten(1)
+    torch.testing.assert_close(
+        result.eps - result.x0, (1 - w) * s * unconditional + w * conditional
+    )
+    left = (conditional - s * unconditional).flatten(1)
     assert torch.linalg.vecdot(left, flat[1]).abs().max() < 1e-10
     assert all(
-        (left.norm(dim=1) <= (actual - (s + d) * peer).flatten(1).norm(dim=1)).all()
+        (left.norm(dim=1) <= (conditional - (s + d) * unconditional).flatten(1).norm(dim=1)).all()
         for d in (-0.1, -1e-3, 1e-3, 0.1)
     )
 
@@ -457,9 +468,9 @@ def test_zero_star_begins_without_moving(point: tuple[float, float]) -> None:
     """At the first times of a run x/(alpha + sigma) stays where it is: for a flow x itself, by one
     step of Euler.
     """
-    x, _, given = predictions(point)
+    x, _, pairs = predictions(point)
     for index in range(3):
-        result = join("zero_star", (x, Moment(0.5, *point, index), given), 3.0, zero_steps=2)
+        result = join("zero_star", (x, Moment(0.5, *point, index), pairs), 3.0, zero_steps=2)
         assert torch.allclose(result.x0, result.eps) == (index < 2)
         if index < 2:
             torch.testing.assert_close(0.3 * result.x0 + 0.7 * result.eps, x / sum(point))
@@ -499,14 +510,14 @@ def test_plus_plus_by_ddim_is_plain_guidance_by_ddim_with_a_weight_of_the_step(
     """
     table = schedule(kind)
     here, there = table.point(t), table.point(s)
-    given = predictions(here)
+    inputs = predictions(here)
     decay = there[1] * here[0] / (there[0] * here[1])  # e^-h
     ends = []
     for name, w in (("plus_plus", scale), ("linear", scale / (1 - decay))):
-        sampler = find("diffuse.samplers", "ddim")(given[0], [t, s], table, lambda: given[0])
+        sampler = find("diffuse.samplers", "ddim")(inputs[0], [t, s], table, lambda: inputs[0])
         next(sampler)
         with pytest.raises(StopIteration) as stop:
-            sampler.send(join(name, given, w))
+            sampler.send(join(name, inputs, w))
         ends.append(stop.value.value)
     torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-9)
 
@@ -517,14 +528,14 @@ def test_two_references(point: tuple[float, float], kind: str) -> None:
     """Brooks et al. eq. 3, Liu et al. and the sum of two guidances; with equal references all are
     plain guidance.
     """
-    given = predictions(point, 3)
-    x, moment, (c, one, two) = given
+    inputs = predictions(point, 3)
+    x, moment, (c, one, two) = inputs
     expected = {
         "chain": lambda c, a, b: b + 2.5 * (a - b) + 7.0 * (c - a),
         "sum": lambda c, a, b: a + 7.0 * (c - a) + 2.5 * (b - a),
         "away": lambda c, a, b: c + 6.0 * (c - a) + 1.5 * (c - b),
     }[kind]
-    result = join("dual", given, 7.0, kind=kind, second=2.5)
+    result = join("dual", inputs, 7.0, kind=kind, second=2.5)
     near(result, Prediction(expected(c.x0, one.x0, two.x0), expected(c.eps, one.eps, two.eps)))
     same = join("dual", (x, moment, [c, one, one]), 7.0, kind=kind, second=2.5)
     near(same, join("linear", (x, moment, [c, one]), 8.5 if kind == "away" else 7.0))
@@ -532,19 +543,17 @@ def test_two_references(point: tuple[float, float], kind: str) -> None:
 
 @settings(max_examples=40, deadline=None, database=None)
 @given(w=st.floats(0, 12), seed=st.integers(0, 999), t=st.floats(0.02, 0.98))
-def test_what_is_linear_is_the_same_in_every_parameterization(
-    w: float, seed: int, t: float
-) -> None:
+def test_linear_rules_are_the_same_in_every_parameterization(w: float, seed: int, t: float) -> None:
     """A mixture of predictions is the prediction of the mixture of outputs, here of v: with one
     reference and with two.
     """
     alpha, sigma = point = (math.cos(math.pi / 2 * t), math.sin(math.pi / 2 * t))
-    x, _, (c, one, two) = given = predictions(point, 3, seed)
+    x, _, (c, one, two) = inputs = predictions(point, 3, seed)
     v = [alpha * p.eps - sigma * p.x0 for p in (c, one, two)]
     for name, count, mix in (("linear", 2, (w, 1 - w, 0.0)), ("dual", 3, (w, 2.0 - w, -1.0))):
         result = join(
             name,
-            (x, given[1], [c, one, two][:count]),
+            (x, inputs[1], [c, one, two][:count]),
             w,
             **({"kind": "chain", "second": 2.0} if name == "dual" else {}),
         )
@@ -558,9 +567,9 @@ def test_what_is_linear_is_the_same_in_every_parameterization(
 
 
 def weight_at(
-    weight, t: float, point: tuple[float, float] = (0.6, 0.8), given: list[Prediction] | None = None
+    weight, t: float, point: tuple[float, float] = (0.6, 0.8), pairs: list[Prediction] | None = None
 ) -> float | Tensor:
-    return weight.begin()(Moment(t, *point), *(given or predictions(point)[2]))
+    return weight.begin()(Moment(t, *point), *(pairs or predictions(point)[2]))
 
 
 @pytest.mark.parametrize(
@@ -612,8 +621,9 @@ def test_ramps_go_from_first_to_last() -> None:
 def test_adaptive_weights_are_bounded_and_monotone(
     scale: float, threshold: float, power: float, ratios: list[float], lowers: bool
 ) -> None:
-    """w lies between 1 and scale, is half way at the threshold, and moves with the disagreement as
-    it says.
+    """w lies between 1 and scale, and is half way at the threshold.
+
+    It moves with the disagreement in the documented direction.
     """
     ratios = sorted([*ratios, threshold])
     reference = normal(1, 1, 2, 4, 5).expand(len(ratios), -1, -1, -1)
@@ -625,7 +635,7 @@ def test_adaptive_weights_are_bounded_and_monotone(
     )
     pairs = [Prediction(reference, e) for e in (eps, reference)]
     w = (
-        torch.as_tensor(weight_at(weight, 0.5, given=pairs), dtype=torch.float64)
+        torch.as_tensor(weight_at(weight, 0.5, pairs=pairs), dtype=torch.float64)
         .expand(len(ratios), 1, 1, 1)
         .flatten()
     )
@@ -654,7 +664,7 @@ def test_adaptive_steps_stay_below_the_threshold() -> None:
     for ratio in (0.01, 0.2, 1.0, 100.0, 1e6):
         conditional = reference + ratio * normal(1)
         w = weight_at(
-            weight, 0.5, given=[Prediction(reference, e) for e in (conditional, reference)]
+            weight, 0.5, pairs=[Prediction(reference, e) for e in (conditional, reference)]
         )
         sizes.append(
             ((w - 1) * (conditional - reference)).flatten(1).norm(dim=1)

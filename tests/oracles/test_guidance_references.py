@@ -1,5 +1,6 @@
-"""What guidance moves away from: weaker copies share every parameter, change what they say they
-change, and nothing else.
+"""References of guidance: weaker copies share every parameter of the network.
+
+They change the named layers and nothing else.
 """
 
 import gc
@@ -11,7 +12,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given as drawn
+from hypothesis import given
 from torch import Tensor
 
 import sfumato.kernels.batch_invariant
@@ -67,10 +68,10 @@ def setup(kind: str, seed: int = 0, **more: Any) -> tuple[Denoiser, Tensor, Cond
     )
 
 
-def weaker(reference: Any, denoiser: Denoiser, given: Conditioning) -> Denoiser:
-    whom, condition = reference.pair(denoiser, given, Conditioning(), None)
-    assert condition is given  # the same condition: what is missing is in the network
-    return whom
+def weaker(reference: Any, denoiser: Denoiser, cond: Conditioning) -> Denoiser:
+    weak, same = reference.pair(denoiser, cond, Conditioning(), None)
+    assert same is cond  # the same condition: the network itself is weaker
+    return weak
 
 
 @every
@@ -81,9 +82,9 @@ def test_perturbed_attention_is_attention_by_the_identity(
     """With every self-attention map forced to the identity in the original, both are one network:
     softmax(...) V is V.
     """
-    denoiser, x, given = setup(kind)
-    whom = weaker(PerturbedAttention(tuple(ATTENTION[kind])), denoiser, given)
-    result, plain = whom(x, 0.5, given), denoiser(x, 0.5, given)
+    denoiser, x, cond = setup(kind)
+    weak = weaker(PerturbedAttention(tuple(ATTENTION[kind])), denoiser, cond)
+    result, plain = weak(x, 0.5, cond), denoiser(x, 0.5, cond)
     assert (result.x0 - plain.x0).abs().max() > 1e-3
 
     def identity(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
@@ -94,9 +95,9 @@ def test_perturbed_attention_is_attention_by_the_identity(
 
     true = F.scaled_dot_product_attention
     monkeypatch.setattr(sfumato.kernels.batch_invariant.F, "scaled_dot_product_attention", identity)
-    forced = denoiser(x, 0.5, given)
+    forced = denoiser(x, 0.5, cond)
     torch.testing.assert_close(result.x0, forced.x0, rtol=1e-5, atol=1e-5)
-    again = whom(x, 0.5, given)
+    again = weak(x, 0.5, cond)
     # where maps are the identity it changes nothing
     torch.testing.assert_close(again.x0, forced.x0, rtol=1e-5, atol=1e-5)
 
@@ -104,17 +105,17 @@ def test_perturbed_attention_is_attention_by_the_identity(
 @every
 @torch.inference_mode()
 def test_only_the_named_layers_are_perturbed(kind: str) -> None:
-    denoiser, x, given = setup(kind)
+    denoiser, x, cond = setup(kind)
     each = [
-        weaker(PerturbedAttention((layer,)), denoiser, given)(x, 0.5, given).x0
+        weaker(PerturbedAttention((layer,)), denoiser, cond)(x, 0.5, cond).x0
         for layer in ATTENTION[kind]
     ]
-    both = weaker(PerturbedAttention(tuple(ATTENTION[kind])), denoiser, given)(x, 0.5, given).x0
-    different = [denoiser(x, 0.5, given).x0, *each, both]
+    both = weaker(PerturbedAttention(tuple(ATTENTION[kind])), denoiser, cond)(x, 0.5, cond).x0
+    different = [denoiser(x, 0.5, cond).x0, *each, both]
     assert all((a - b).abs().max() > 1e-5 for i, a in enumerate(different) for b in different[:i])
     name = ATTENTION[kind][0] + ".attentions.0"
     assert torch.equal(
-        weaker(PerturbedAttention((name,)), denoiser, given)(x, 0.5, given).x0, each[0]
+        weaker(PerturbedAttention((name,)), denoiser, cond)(x, 0.5, cond).x0, each[0]
     )
 
 
@@ -125,28 +126,29 @@ def test_only_the_named_layers_are_perturbed(kind: str) -> None:
 def test_a_copy_shares_every_parameter_and_leaves_the_original_alone(
     kind: str, reference: Any
 ) -> None:
-    denoiser, x, given = setup(kind)
+    denoiser, x, cond = setup(kind)
     before = {name: id(module) for name, module in denoiser.network.named_modules()}
-    plain = denoiser(x, 0.5, given)
-    whom = weaker(reference, denoiser, given)
-    actual = {id(p) for p in denoiser.network.parameters()}
+    plain = denoiser(x, 0.5, cond)
+    weak = weaker(reference, denoiser, cond)
+    parameters = {id(p) for p in denoiser.network.parameters()}
     assert (
-        all(id(p) in actual for p in whom.network.parameters()) and whom.process is denoiser.process
+        all(id(p) in parameters for p in weak.network.parameters())
+        and weak.process is denoiser.process
     )
     modules = {id(m) for m in denoiser.network.modules()}
-    assert not any(id(m) in modules for m in whom.network.modules()), (
+    assert not any(id(m) in modules for m in weak.network.modules()), (
         "modules are its own: replacing one must not reach the original"
     )
     assert before == {name: id(module) for name, module in denoiser.network.named_modules()}
-    assert torch.equal(denoiser(x, 0.5, given).x0, plain.x0)
-    first = whom(x, 0.5, given).x0
+    assert torch.equal(denoiser(x, 0.5, cond).x0, plain.x0)
+    first = weak(x, 0.5, cond).x0
     with torch.no_grad():
         denoiser.network.conv_out.weight.mul_(1.5)
-    assert not torch.allclose(whom(x, 0.5, given).x0, first), "it follows the weights"
+    assert not torch.allclose(weak(x, 0.5, cond).x0, first), "it follows the weights"
 
 
 @torch.inference_mode()
-def test_what_is_left_out_is_left_out() -> None:
+def test_skipped_layers_add_nothing() -> None:
     """A residual branch whose last layer is zero adds nothing: leaving it out is then no change,
     for each kind of layer.
     """
@@ -164,37 +166,37 @@ def test_what_is_left_out_is_left_out() -> None:
         "mid_block.attentions.0.transformer_blocks.0.ff": ["net.2"],
     }
     for layer, last in silent.items():
-        denoiser, x, given = setup("cross")
-        whom = weaker(SkipLayers((layer,)), denoiser, given)
-        assert (whom(x, 0.5, given).x0 - denoiser(x, 0.5, given).x0).abs().max() > 1e-5
+        denoiser, x, cond = setup("cross")
+        weak = weaker(SkipLayers((layer,)), denoiser, cond)
+        assert (weak(x, 0.5, cond).x0 - denoiser(x, 0.5, cond).x0).abs().max() > 1e-5
         for name in last:
             for parameter in denoiser.network.get_submodule(f"{layer}.{name}").parameters():
                 parameter.zero_()
-        torch.testing.assert_close(whom(x, 0.5, given).x0, denoiser(x, 0.5, given).x0)
-    denoiser, x, given = setup("self")
-    whom = weaker(SkipLayers(("down_blocks.1.attentions",)), denoiser, given)
+        torch.testing.assert_close(weak(x, 0.5, cond).x0, denoiser(x, 0.5, cond).x0)
+    denoiser, x, cond = setup("self")
+    weak = weaker(SkipLayers(("down_blocks.1.attentions",)), denoiser, cond)
     for parameter in denoiser.network.down_blocks[1].attentions[0].to_out[0].parameters():
         parameter.zero_()
-    torch.testing.assert_close(whom(x, 0.5, given).x0, denoiser(x, 0.5, given).x0)
+    torch.testing.assert_close(weak(x, 0.5, cond).x0, denoiser(x, 0.5, cond).x0)
 
 
 @every
 @torch.inference_mode()
 def test_a_block_is_left_out_with_all_that_is_in_it(kind: str) -> None:
-    denoiser, x, given = setup(kind)
+    denoiser, x, cond = setup(kind)
     names = [f"up_blocks.0.resnets.{i}" for i in range(2)] + (
         [f"up_blocks.0.attentions.{i}" for i in range(2)] if kind == "self" else []
     )
     one, many = (
-        weaker(SkipLayers(tuple(layers)), denoiser, given)(x, 0.5, given)
+        weaker(SkipLayers(tuple(layers)), denoiser, cond)(x, 0.5, cond)
         for layers in (["up_blocks.0"], names)
     )
     assert torch.equal(one.x0, many.x0)
     nested = weaker(
-        SkipLayers(("up_blocks", "up_blocks.0", "up_blocks.0.resnets.0")), denoiser, given
-    )(x, 0.5, given)
+        SkipLayers(("up_blocks", "up_blocks.0", "up_blocks.0.resnets.0")), denoiser, cond
+    )(x, 0.5, cond)
     assert torch.equal(
-        nested.x0, weaker(SkipLayers(("up_blocks",)), denoiser, given)(x, 0.5, given).x0
+        nested.x0, weaker(SkipLayers(("up_blocks",)), denoiser, cond)(x, 0.5, cond).x0
     )
 
 
@@ -204,7 +206,8 @@ def test_a_block_is_left_out_with_all_that_is_in_it(kind: str) -> None:
         (
             "self",
             PerturbedAttention(("mid_block",)),
-            "unknown layer with self-attention 'mid_block': .*expected one of down_blocks.1, down_blocks.1.attentions.0, up_bl",
+            "unknown layer with self-attention 'mid_block': "
+            ".*expected one of down_blocks.1, down_blocks.1.attentions.0, up_bl",
         ),
         (
             "cross",
@@ -235,9 +238,9 @@ def test_a_block_is_left_out_with_all_that_is_in_it(kind: str) -> None:
     ],
 )
 def test_layers_that_are_not_there_are_refused(kind: str, reference: Any, message: str) -> None:
-    denoiser, _, given = setup(kind)
+    denoiser, _, cond = setup(kind)
     with pytest.raises(UserError, match=message):
-        weaker(reference, denoiser, given)
+        weaker(reference, denoiser, cond)
 
 
 NUMBERED = st.lists(
@@ -246,7 +249,7 @@ NUMBERED = st.lists(
 )
 
 
-@drawn(st.sampled_from(["blocks", "up_blocks.2.attentions", "mid"]), NUMBERED)
+@given(st.sampled_from(["blocks", "up_blocks.2.attentions", "mid"]), NUMBERED)
 def test_names_that_differ_in_numbers_are_gathered_and_spread_again(
     block: str, ends: list[tuple[int, str]]
 ) -> None:
@@ -259,7 +262,7 @@ def test_names_that_differ_in_numbers_are_gathered_and_spread_again(
 
 
 def test_runs_of_layers() -> None:
-    """a.1-2.b is a.1.b and a.2.b, where there are all of them; what the error lists can be said."""
+    """a.1-2.b is a.1.b and a.2.b; every name that the error lists is accepted."""
     names = [f"{group}.{i}" for group in ("up", "down") for i in range(3)] + [
         "up.0.attn",
         "up.1.attn",
@@ -282,7 +285,7 @@ def test_runs_of_layers() -> None:
     assert [*_layer_replacement.expand_range("a.2-1")] == ["a.2-1"] and [
         *_layer_replacement.expand_range("a-1.x1-2")
     ] == ["a-1.x1-2"]
-    denoiser, x, given = setup("cross")
+    denoiser, x, cond = setup("cross")
     with torch.inference_mode():
         for kind, named in (
             (SkipLayers, "up_blocks.0.resnets.0-1"),
@@ -290,67 +293,68 @@ def test_runs_of_layers() -> None:
         ):
             apart = (named.replace("0-1", "0"), named.replace("0-1", "1"))
             one, both = (
-                weaker(kind(layers), denoiser, given)(x, 0.5, given).x0
+                weaker(kind(layers), denoiser, cond)(x, 0.5, cond).x0
                 for layers in ((named,), apart)
             )
             assert torch.equal(one, both)
     with pytest.raises(
         UserError, match=r"unknown layer that can be left out 'up_blocks.0.resnets.2': "
     ):
-        weaker(SkipLayers(("up_blocks.0.resnets.0-999999999",)), denoiser, given)
+        weaker(SkipLayers(("up_blocks.0.resnets.0-999999999",)), denoiser, cond)
 
 
 @torch.inference_mode()
 def test_a_first_attention_to_the_condition_alone_is_not_perturbed() -> None:
     """`only_cross_attention`: it is no attention of the picture to itself."""
-    denoiser, x, given = setup("cross", only_cross_attention=(True, False))
+    denoiser, x, cond = setup("cross", only_cross_attention=(True, False))
     with pytest.raises(
         UserError,
         match=r"unknown layer with self-attention 'down_blocks.0': .*expected one of mid_block",
     ):
-        weaker(PerturbedAttention(("down_blocks.0",)), denoiser, given)
-    assert weaker(PerturbedAttention(), denoiser, given)(x, 0.5, given).x0.isfinite().all()
+        weaker(PerturbedAttention(("down_blocks.0",)), denoiser, cond)
+    assert weaker(PerturbedAttention(), denoiser, cond)(x, 0.5, cond).x0.isfinite().all()
 
 
 @every
 @torch.inference_mode()
 def test_no_layers_means_the_deepest_attention_that_there_is(kind: str) -> None:
     """The middle block's where it has any, else that of the last block of the way down that has."""
-    denoiser, x, given = setup(kind)
+    denoiser, x, cond = setup(kind)
     named = "mid_block" if kind == "cross" else "down_blocks.1"
     for reference in (PerturbedAttention, SkipLayers):
         layers = (named,) if reference is PerturbedAttention else (f"{named}.attentions",)
         assert torch.equal(
-            weaker(reference(), denoiser, given)(x, 0.5, given).x0,
-            weaker(reference(layers), denoiser, given)(x, 0.5, given).x0,
+            weaker(reference(), denoiser, cond)(x, 0.5, cond).x0,
+            weaker(reference(layers), denoiser, cond)(x, 0.5, cond).x0,
         )
 
 
 def test_a_copy_is_made_once_and_goes_with_its_denoiser() -> None:
-    denoiser, x, given = setup("cross")
+    denoiser, x, cond = setup("cross")
     reference = PerturbedAttention()
-    whom = weaker(reference, denoiser, given)
+    weak = weaker(reference, denoiser, cond)
     assert (
-        weaker(PerturbedAttention(), denoiser, given) is whom
-        and weaker(SkipLayers(), denoiser, given) is not whom
+        weaker(PerturbedAttention(), denoiser, cond) is weak
+        and weaker(SkipLayers(), denoiser, cond) is not weak
     )
     other, _, _ = setup("cross")
-    assert weaker(reference, other, given) is not whom
+    assert weaker(reference, other, cond) is not weak
     # a part is swapped: an old copy would not follow
     denoiser.network.conv_out = torch.nn.Conv2d(8, 2, 3, padding=1)
-    fresh = weaker(reference, denoiser, given)
-    assert fresh is not whom and fresh.network.conv_out.weight is denoiser.network.conv_out.weight
+    fresh = weaker(reference, denoiser, cond)
+    assert fresh is not weak and fresh.network.conv_out.weight is denoiser.network.conv_out.weight
     denoiser.network.train()
-    assert weaker(reference, denoiser, given).network.training
+    assert weaker(reference, denoiser, cond).network.training
     kept, gone = len(_layer_replacement._CACHE), weakref.ref(denoiser.network)
-    del denoiser, whom, fresh, x
+    del denoiser, weak, fresh, x
     gc.collect()
     assert gone() is None and len(_layer_replacement._CACHE) < kept
 
 
 def counting(passes: list[list[int]]) -> Callable[[list[DenoiserCall]], list]:
-    """Answers, and notes how many images each denoiser was asked about, in the order of first
-    questions.
+    """Evaluate calls and count the images of each denoiser.
+
+    Denoisers come in the order of their first calls.
     """
 
     def answers(queries: list[DenoiserCall]) -> list:
@@ -365,42 +369,42 @@ def counting(passes: list[list[int]]) -> Callable[[list[DenoiserCall]], list]:
 
 @torch.inference_mode()
 def test_weaker_networks_are_evaluated_where_they_count_and_runs_share_them() -> None:
-    denoiser, x, given = setup("cross")
+    denoiser, x, cond = setup("cross")
     point = denoiser.process.schedule.point
     guidance = Guidance.parse("3 perturbed_attention interval:low=0.3,high=0.7")
     passes: list[list[int]] = []
-    # equal conditionings: here they say nothing
-    asks = [build(guidance, denoiser, given, given, point) for _ in range(2)]
+    # equal conditionings: no difference here
+    asks = [build(guidance, denoiser, cond, cond, point) for _ in range(2)]
     for t in (0.9, 0.5, 0.1):
         drive(gather([ask(x, t) for ask in asks]), counting(passes))
     assert passes == [[6], [6, 6], [6]]
     dual = build(
         Guidance.parse("3 dual:kind=away,second=2 condition skip_layers"),
         denoiser,
-        given,
-        Conditioning(tokens=0 * given.tokens),
+        cond,
+        Conditioning(tokens=0 * cond.tokens),
         point,
     )
     passes.clear()
     result = drive(dual(x, 0.5), counting(passes))
     assert passes == [[6, 3]]
-    on, off = denoiser(x, 0.5, given), denoiser(x, 0.5, Conditioning(tokens=0 * given.tokens))
-    bad = weaker(SkipLayers(), denoiser, given)(x, 0.5, given)
+    on, off = denoiser(x, 0.5, cond), denoiser(x, 0.5, Conditioning(tokens=0 * cond.tokens))
+    bad = weaker(SkipLayers(), denoiser, cond)(x, 0.5, cond)
     torch.testing.assert_close(result.x0, on.x0 + 2 * (on.x0 - off.x0) + (on.x0 - bad.x0))
 
 
 @torch.inference_mode()
 def test_autoguidance_is_the_line_through_two_models() -> None:
     """x0 = weak + w (strong - weak), both under the same condition (Karras et al. 2024)."""
-    denoiser, x, given = setup("cross")
+    denoiser, x, cond = setup("cross")
     small, _, _ = setup("cross", seed=9)
-    on, off = denoiser(x, 0.4, given), small(x, 0.4, given)
+    on, off = denoiser(x, 0.4, cond), small(x, 0.4, cond)
     for w in (0.0, 1.0, 2.5):
         ask = build(
             Guidance.parse(f"{w} model:path=small"),
             denoiser,
-            given,
-            given,
+            cond,
+            cond,
             denoiser.process.schedule.point,
             guide_model=small,
         )
@@ -413,8 +417,8 @@ def test_autoguidance_is_the_line_through_two_models() -> None:
         build(
             Guidance.parse("2 model:path=small"),
             denoiser,
-            given,
-            given,
+            cond,
+            cond,
             denoiser.process.schedule.point,
         )
     cosine = Denoiser(small.network, Process(schedule("cosine"), parameterization("v")))
@@ -424,8 +428,8 @@ def test_autoguidance_is_the_line_through_two_models() -> None:
         build(
             Guidance.parse("2 model"),
             denoiser,
-            given,
-            given,
+            cond,
+            cond,
             denoiser.process.schedule.point,
             guide_model=cosine,
         )

@@ -43,8 +43,9 @@ def digits(
 
 
 class Encoder:
-    """A tiny known encoder, (B, 1, 8, 8) -> (B, 4, 4, 4), that counts images and may do something
-    after some batches.
+    """A tiny exact encoder, (B, 1, 8, 8) -> (B, 4, 4, 4), that counts images.
+
+    It may act after some batches.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ def interrupt() -> None:
 
 
 def same(latents: LatentSet, images: ImageSet, shift: float = 0.0) -> bool:
-    """Whether every latent is what the encoder says, asked for in a random order with repeats."""
+    """True if every latent is the encoder's, read in a random order with repeats."""
     order = torch.randint(
         0, len(images), (2 * len(images),), generator=torch.Generator().manual_seed(0)
     )

@@ -79,7 +79,7 @@ def process_of(kind: str) -> Process:
 
 
 def grid(chosen: Schedule) -> tuple[Tensor, Tensor]:
-    """All times of a table, and what alpha^2 falls by in each step: 1 - beta."""
+    """All times of a table, and the factor of alpha^2 in each step: 1 - beta."""
     assert chosen.grid is not None
     t = chosen.time(torch.arange(chosen.grid, dtype=DOUBLE))
     alpha2 = chosen.at(t)[0].square()
@@ -301,7 +301,7 @@ def test_flows_train_the_mean_alone_or_not_at_all() -> None:
     for network in (Maps(2), network_of(UNetConfig(**UNET))):
         with pytest.raises(UserError, match="expected variance=0 in the loss"):
             objective(network, FLOW, DenoiserLoss())
-    # one that does not say what it answers
+    # one without a trait for its output
     with pytest.raises(UserError, match="expected variance=0 in the loss"):
         one_loss(objective(Maps(2, learned_variance=False), FLOW, DenoiserLoss()))
     loss, numbers = one_loss(objective(Maps(2), FLOW, DenoiserLoss(variance=0.0)))
@@ -424,27 +424,27 @@ every = pytest.mark.parametrize("name", CONFIGS)
 
 @every
 def test_a_prediction_has_the_networks_variance(name: str) -> None:
-    """However it is asked: alone, by `predict`, in a batch of several times, in parts."""
+    """It is the same alone, by `predict`, in a batch of several times, and in parts."""
     model = model_of(CONFIGS[name], process_of("cosine"))
     network: Any = model.denoiser.network
     assert network.learned_variance and network.channels == CHANNELS == network.in_channels
-    x, inputs = normal(2, CHANNELS, 8, 8), model.conditioner(["boot", "bag"])
-    result = model.predict(x, 0.4, inputs)
+    x, cond = normal(2, CHANNELS, 8, 8), model.conditioner(["boot", "bag"])
+    result = model.predict(x, 0.4, cond)
     with torch.inference_mode():
-        y = network(x, model.denoiser.process.timestep(0.4, x.device).expand(2), inputs)
+        y = network(x, model.denoiser.process.timestep(0.4, x.device).expand(2), cond)
         assert result.variance is not None and torch.equal(result.variance, y[:, CHANNELS:])
         assert result.x0.shape == x.shape and float(result.variance.std()) > 0.01
         queries = [
-            DenoiserCall(model.denoiser, x, 0.4, inputs),
-            DenoiserCall(model.denoiser, x[:1] + 1, 0.7, inputs[:1]),
+            DenoiserCall(model.denoiser, x, 0.4, cond),
+            DenoiserCall(model.denoiser, x[:1] + 1, 0.7, cond[:1]),
         ]
         for rows in (None, 2):
-            for query, options in zip(queries, evaluate_calls(queries, rows), strict=True):
+            for query, prediction in zip(queries, evaluate_calls(queries, rows), strict=True):
                 alone = model.denoiser(query.x, query.t, query.conditioning).variance
                 assert (
-                    options.variance is not None
+                    prediction.variance is not None
                     and alone is not None
-                    and torch.equal(options.variance, alone)
+                    and torch.equal(prediction.variance, alone)
                 )
 
 
@@ -462,18 +462,18 @@ def test_a_prediction_has_the_networks_variance(name: str) -> None:
 )
 def test_guided_predictions_have_the_conditions_variance(name: str, guidance: str) -> None:
     model = model_of(CONFIGS[name], process_of("cosine"))
-    x, inputs, none = (
+    x, cond, none = (
         normal(2, CHANNELS, 8, 8),
         model.conditioner(["boot", "bag"]),
         model.conditioner([None, None]),
     )
     schedule = model.denoiser.process.schedule
-    questions = build(
-        Guidance.parse(guidance), model.denoiser, inputs, [none], schedule.point, None
-    )(x, 0.4)
+    questions = build(Guidance.parse(guidance), model.denoiser, cond, [none], schedule.point, None)(
+        x, 0.4
+    )
     with torch.inference_mode():
         result = drive(questions, evaluate_calls)
-        expected, other = model.denoiser(x, 0.4, inputs), model.denoiser(x, 0.4, none)
+        expected, other = model.denoiser(x, 0.4, cond), model.denoiser(x, 0.4, none)
     assert (
         result.variance is not None and expected.variance is not None and other.variance is not None
     )
@@ -488,7 +488,7 @@ def test_images_without_a_condition_have_their_own_variance() -> None:
     apart.
     """
     model = model_of(CONFIGS["DiT"], process_of("cosine"))
-    x, inputs, none = (
+    x, cond, none = (
         normal(2, CHANNELS, 8, 8),
         model.conditioner(["boot", None]),
         model.conditioner([None, None]),
@@ -496,7 +496,7 @@ def test_images_without_a_condition_have_their_own_variance() -> None:
     point, weight, combine = model.denoiser.process.schedule.point, Constant(3.0), Linear()
     ask = guide(
         model.denoiser,
-        inputs,
+        cond,
         [(model.denoiser, none)],
         weight,
         combine,
@@ -504,7 +504,7 @@ def test_images_without_a_condition_have_their_own_variance() -> None:
         torch.tensor([False, True]),
     )
     with torch.inference_mode():
-        result, expected = drive(ask(x, 0.4), evaluate_calls), model.denoiser(x, 0.4, inputs)
+        result, expected = drive(ask(x, 0.4), evaluate_calls), model.denoiser(x, 0.4, cond)
     assert (
         isinstance(result, Selected)
         and result.variance is not None
@@ -547,8 +547,9 @@ def test_a_network_without_one_is_refused() -> None:
 
 
 def test_wrappers_hand_it_on() -> None:
-    """What is known is a point, whose posterior has the smallest variance; windows of a canvas are
-    averaged.
+    """The known region is a point, whose posterior has the smallest variance.
+
+    Windows of a canvas are averaged.
     """
     process, x = process_of("cosine"), normal(1, 1, 4, 8)
     z, mask = normal(1, 1, 4, 8, seed=1), torch.zeros(1, 1, 4, 8)
@@ -557,7 +558,7 @@ def test_wrappers_hand_it_on() -> None:
     def ask(x: Tensor, t: float) -> DenoiseCalls[Prediction]:
         return (yield [DenoiserCall(None, x, t, Conditioning())])[0]
 
-    def options(wrapped: DenoiseFn, variance: bool) -> Prediction:
+    def evaluated(wrapped: DenoiseFn, variance: bool) -> Prediction:
         return drive(
             wrapped(x, 0.5),
             lambda queries: [
@@ -565,13 +566,13 @@ def test_wrappers_hand_it_on() -> None:
             ],
         )
 
-    available = known_region(ask, z, mask, process.schedule.point)
+    region = known_region(ask, z, mask, process.schedule.point)
     canvas = multidiffusion(ask, 4, 2)
-    assert options(available, False).variance is None and options(canvas, False).variance is None
+    assert evaluated(region, False).variance is None and evaluated(canvas, False).variance is None
     torch.testing.assert_close(
-        options(available, True).variance, torch.where(mask == 1, -1.0, 0.1 * x)
+        evaluated(region, True).variance, torch.where(mask == 1, -1.0, 0.1 * x)
     )
-    torch.testing.assert_close(options(canvas, True).variance, 0.1 * x)
+    torch.testing.assert_close(evaluated(canvas, True).variance, 0.1 * x)
 
 
 # ---- a model's way -------------------------------------------------------------------------------
@@ -597,8 +598,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_recipe_trains_a_model_that_samples_with_it(
     name: str, pictures: Path, tmp_path: Path
 ) -> None:
-    """The config says twice the channels of any latent; the folder opens here, and its scheduler in
-    diffusers, with the variance learned.
+    """The network's config has twice the channels of the latent.
+
+    The folder opens in sfumato, and its scheduler in diffusers, with the variance learned.
     """
     loop = LoopSettings(
         steps=2, batch_size=4, lr=1e-3, warmup=0, save_every=2, show_every=2, log_every=1
@@ -627,10 +629,10 @@ def test_a_recipe_trains_a_model_that_samples_with_it(
     assert torch.isfinite(z).all() and not torch.equal(
         z, model.generate("bag", seed=3, sampler="ddpm", output="latent")
     )
-    reference = diffusers.DDPMScheduler.from_pretrained(folder / "scheduler")
+    scheduler = diffusers.DDPMScheduler.from_pretrained(folder / "scheduler")
     assert (
-        reference.config["variance_type"] == "learned_range"
-        and reference.config["prediction_type"] == "v_prediction"
+        scheduler.config["variance_type"] == "learned_range"
+        and scheduler.config["prediction_type"] == "v_prediction"
     )
     with pytest.raises(UserError, match="expected variance=0 in the loss"):
         replace(recipe, schedule="flow", parameterization="flow").run(tmp_path / "flow")

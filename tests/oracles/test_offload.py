@@ -1,5 +1,6 @@
-"""Streamed weights: the same bits as in memory, no more of it than asked for, and what `sfumato
-info` says of it.
+"""Streamed weights: the same bits as in memory, within the memory limit.
+
+`sfumato info` reports their cost.
 """
 
 import copy
@@ -179,8 +180,9 @@ def test_nothing_stays_where_there_is_no_room(
 @pytest.mark.usefixtures("all_layers")
 @pytest.mark.parametrize("dtype", KINDS)
 def test_an_original_single_file(tmp_path: Path, dtype: str) -> None:
-    """Latent Diffusion's text model: names, and some shapes, are others in the file than in the
-    network; BERT asks its table by name.
+    """Latent Diffusion's text model.
+
+    Names, and some shapes, differ between file and network; BERT reads its table by name.
     """
     widths: dict[str, Any] = {"block_out_channels": (32, 64), "layers_per_block": 1}
     down, up = ("CrossAttnDownBlock2D",) * 2, ("CrossAttnUpBlock2D",) * 2
@@ -244,8 +246,9 @@ def test_only_one_part_holds_weights(folders: dict[tuple[str, str], Path]) -> No
 
 
 class Deep(nn.Module):
-    """Linear layers one after the other, each asked twice, as feed-forward layers are that take
-    rows in parts.
+    """Linear layers one after the other, each called twice.
+
+    Feed-forward layers that take rows in parts do so.
     """
 
     def __init__(self, width: int, depth: int):
@@ -318,7 +321,7 @@ def test_a_budget_keeps_as_many_layers_as_fit(
     peak = base
     monkeypatch.setattr(memory, "peak", lambda: peak)
     memory.limit = base + 5 * layer + layer // 2
-    memory.limit += memory.limit // 31  # what `spare` leaves free
+    memory.limit += memory.limit // 31  # the part that `spare` leaves free
     network(x)
     assert not any(one.stays for one in made.layers), "what a pass takes is not known yet"
     network(x)
@@ -366,8 +369,9 @@ def test_copies_use_one_ring_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @torch.inference_mode()
 def test_t5(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Two modules with one table; layers that ask for the dtype of the next one's weight; in
-    float16 some that stay in float32.
+    """Two modules share a table, and layers read the dtype of the next one's weight.
+
+    In float16 some stay in float32.
     """
     import transformers
 
@@ -413,14 +417,14 @@ def test_t5(tmp_path: Path, dtype: torch.dtype) -> None:
 def test_threads_do_not_take_each_others_weights(tmp_path: Path) -> None:
     path = tmp_path / "deep.safetensors"
     network = deep(path, torch.bfloat16, 128, 8)
-    options = [torch.randn(4, 128) for _ in range(4)]
-    expected = [copy.deepcopy(network).float()(x) for x in options]
+    inputs = [torch.randn(4, 128) for _ in range(4)]
+    expected = [copy.deepcopy(network).float()(x) for x in inputs]
     stream_weights(network, MemoryBudget(1, CPU), torch.float32, path)
     result: dict[int, bool] = {}
 
     @torch.inference_mode()
     def run(k: int) -> None:
-        result[k] = all(torch.equal(network(options[k]), expected[k]) for _ in range(10))
+        result[k] = all(torch.equal(network(inputs[k]), expected[k]) for _ in range(10))
 
     threads = [threading.Thread(target=run, args=(k,)) for k in range(4)]
     for thread in threads:
@@ -464,7 +468,7 @@ def test_places_in_a_ring_never_overlap() -> None:
 
 
 def test_a_room_goes_back_to_the_system() -> None:
-    gc.collect()  # what earlier tests left goes now, not while this one looks
+    gc.collect()  # tensors of earlier tests are freed now, not during the measurement
     before = host_memory.resident_bytes()
     assert before is not None
     one = allocate(2**26, CPU).fill_(1)
@@ -477,11 +481,11 @@ def test_a_room_goes_back_to_the_system() -> None:
 # ---- refusals ------------------------------------------------------------------------------------
 
 
-def test_too_little_memory_says_what_works(
+def test_too_little_memory_names_a_budget_that_works(
     folders: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = host_memory.resident_bytes()
-    # what the tests before this one leave and give back is not what is asked here
+    # memory of earlier tests is not measured here
     monkeypatch.setattr(MemoryBudget, "now", lambda self: held)
     with pytest.raises(
         UserError, match=r"memory 1 MB is too little: expected at least (\d+) MB"
@@ -517,7 +521,7 @@ def test_sizes(text: str | int, size: int) -> None:
 
 @pytest.mark.usefixtures("all_layers")
 @pytest.mark.parametrize("stored", KINDS)
-def test_what_needs_all_weights_is_refused(
+def test_calls_that_need_all_weights_are_refused(
     folders: dict[tuple[str, str], Path], tmp_path: Path, stored: str
 ) -> None:
     model = sfumato.load(folders["classes", stored], memory=PLENTY)
@@ -593,7 +597,7 @@ def test_only_pages_of_files_are_dropped(tmp_path: Path) -> None:
     assert mapped.eq(1).all()
 
 
-# ---- what it takes -------------------------------------------------------------------------------
+# ---- cost ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stored", KINDS)
@@ -631,7 +635,7 @@ def test_shards_and_old_single_files(tmp_path: Path) -> None:
         )
     places = {
         "weight_map": {
-            f"{k}.{what}": f"{k}.safetensors" for k in (1, 2) for what in ("weight", "bias")
+            f"{k}.{kind}": f"{k}.safetensors" for k in (1, 2) for kind in ("weight", "bias")
         }
     }
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(
@@ -658,7 +662,7 @@ def test_shards_and_old_single_files(tmp_path: Path) -> None:
         parts_of(tmp_path / "cut.safetensors")
 
 
-def test_what_lives_at_the_same_time_is_counted() -> None:
+def test_peak_of_living_tensors() -> None:
     """By hand: 1000 numbers are there before, then one and two and one more tensor of them."""
     x = torch.empty(1000, device="meta")
 
@@ -692,17 +696,19 @@ def test_a_step_is_counted(folders: dict[tuple[str, str], Path], name: str) -> N
     )
 
 
-def test_what_fits(folders: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_report(
+    folders: dict[tuple[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = folders["text", "bfloat16"]
-    message = report(folder)
-    assert message is not None and report(Path("owner/name")) is None
-    ways, parts = message["ways"], parts_of(folder)
+    memory = report(folder)
+    assert memory is not None and report(Path("owner/name")) is None
+    ways, parts = memory["ways"], parts_of(folder)
     numbers, largest = (
         sum(p.numbers for p in parts.values()),
         max(p.largest for p in parts.values()),
     )
     for dtype, width in (("float32", 4), ("bfloat16", 2)):
-        beside = max(message["beside"][dtype].values())
+        beside = max(memory["beside"][dtype].values())
         assert ways[f"in memory, {dtype}"]["needs"] == width * numbers + beside
         assert ways[f"streamed, {dtype}"]["needs"] == 2 * width * largest + beside
     monkeypatch.setattr(
@@ -714,7 +720,7 @@ def test_what_fits(folders: dict[tuple[str, str], Path], monkeypatch: pytest.Mon
 # ---- commands ------------------------------------------------------------------------------------
 
 
-def test_info_tells_it(
+def test_info_prints_the_memory(
     folders: dict[tuple[str, str], Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -730,7 +736,7 @@ def test_info_tells_it(
     assert main(["info", folder]) == 0
     text = capsys.readouterr().out
     assert "streamed, bfloat16" in text and "does not fit" not in text and "(F32)" in text
-    # a machine that is too small for the model: told all the same, by streaming
+    # a machine that is too small for the model: measured all the same, by streaming
     need, libraries = facts["memory"]["ways"]["in memory, float32"]["needs"], 64 * 10**9
     monkeypatch.setattr(
         "sfumato.checkpoints.memory_estimate._way",
@@ -753,7 +759,7 @@ def test_info_tells_it(
 def test_generate_streams(
     folders: dict[tuple[str, str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [
+    arguments = [
         "generate",
         "bag",
         "--model",
@@ -764,14 +770,16 @@ def test_generate_streams(
         "1",
     ]
     outs = [tmp_path / "plain.png", tmp_path / "streamed.png"]
-    assert main([*options, "--out", str(outs[0])]) == 0
+    assert main([*arguments, "--out", str(outs[0])]) == 0
     assert "of memory" not in capsys.readouterr().out
-    assert main([*options, "--out", str(outs[1]), "--memory", "64GB"]) == 0
+    assert main([*arguments, "--out", str(outs[1]), "--memory", "64GB"]) == 0
     assert "at most" in (text := capsys.readouterr().out) and text.rstrip().endswith("of memory")
     assert outs[0].read_bytes() == outs[1].read_bytes(), (
         "also what the PNG remembers: it is the same request"
     )
-    assert main([*options, "--memory", "lots"]) == 2 and main([*options, "--memory", "1MB"]) == 2
+    assert (
+        main([*arguments, "--memory", "lots"]) == 2 and main([*arguments, "--memory", "1MB"]) == 2
+    )
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2 and "'3GB'" in errors[0] and "too little" in errors[1]
 

@@ -57,7 +57,7 @@ def unet(name: str, dtype: torch.dtype = torch.float32) -> UNet:
     return randomised(UNet(config)).to(dtype).requires_grad_(True)
 
 
-def options(count: int, *size: int) -> tuple[Tensor, Tensor, Conditioning]:
+def inputs(count: int, *size: int) -> tuple[Tensor, Tensor, Conditioning]:
     generator = torch.Generator().manual_seed(1)
     x, tokens = (
         torch.randn(count, 3, *size, generator=generator),
@@ -80,7 +80,7 @@ def test_the_same_to_rounding(name: str, size: tuple[int, int]) -> None:
         assert not any(isinstance(m, Winograd) for m in coarse.modules()), (
             "they round more there: only where they save most"
         )
-    x, t, cond = options(2, *size)
+    x, t, cond = inputs(2, *size)
     expected, result = network(x, t, cond), quick(x, t, cond)
     assert (result - expected).abs().max() < 1e-5 * expected.abs().max()
 
@@ -91,7 +91,7 @@ def test_the_same_to_rounding(name: str, size: tuple[int, int]) -> None:
 def test_bits_do_not_depend_on_the_batch(name: str) -> None:
     quick = prepack(unet(name))
     for size in ((8, 8), (40, 36)):
-        x, t, cond = options(5, *size)
+        x, t, cond = inputs(5, *size)
         together = quick(x, t, cond)
         for i in (0, 4):
             assert torch.equal(quick(x[i : i + 1], t[i : i + 1], cond[i : i + 1])[0], together[i])
@@ -104,9 +104,9 @@ def test_the_plain_weights_come_back(dtype: torch.dtype, name: str) -> None:
     if not can_prepack(network):
         pytest.skip(f"this processor has no products of {dtype}")
     quick = prepack(network)
-    inputs, result = network.state_dict(), quick.state_dict()
-    assert list(result) == list(inputs)
-    assert all(torch.equal(result[k], inputs[k]) and result[k].dtype == dtype for k in inputs)
+    before, after = network.state_dict(), quick.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[k], before[k]) and after[k].dtype == dtype for k in before)
     assert sum(p.numel() for p in quick.parameters()) == sum(
         p.numel() for p in network.parameters()
     )
@@ -117,7 +117,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_plain_network() -> None:
     network = unet("convolutions around transformers", torch.bfloat16)
     if not can_prepack(network):
         pytest.skip("this processor has no products of bfloat16")
-    x, t, cond = options(2, 16, 16)
+    x, t, cond = inputs(2, 16, 16)
     small, narrow = x.bfloat16(), cond.to("cpu", torch.bfloat16)
     wide = Conditioning(tokens=None if narrow.tokens is None else narrow.tokens.float())
     quick = prepack(network)(small, t, narrow).float()
@@ -168,11 +168,12 @@ def test_doubling_is_a_convolution_of_the_doubled_map() -> None:
 
 
 def test_it_is_a_copy_for_inference() -> None:
-    """What is done to the network afterwards does not reach the packed one, and nothing is taken
-    that would be silently wrong.
+    """Later changes of the network do not reach the packed one.
+
+    Calls that would be silently wrong are refused.
     """
     network = unet("convolutions around transformers")
-    quick, (x, t, cond) = prepack(network), options(1, 8, 8)
+    quick, (x, t, cond) = prepack(network), inputs(1, 8, 8)
     with torch.no_grad():
         before = quick(x, t, cond)
         for p in network.parameters():
@@ -213,10 +214,11 @@ def test_a_ready_model_is_saved_like_any_other(fashion: Any, tmp_path: Any) -> N
 
 @torch.inference_mode()
 def test_a_copy_of_a_compiled_network_is_its_own() -> None:
-    """Guidance weakens copies; one that still called the compiled network would not be weaker, and
-    nobody would see it.
+    """Guidance weakens copies of the network.
+
+    A copy that still called the compiled network would silently not be weaker.
     """
-    network, (x, t, cond) = unet("convolutions around transformers"), options(1, 8, 8)
+    network, (x, t, cond) = unet("convolutions around transformers"), inputs(1, 8, 8)
     changed, expected = copy.deepcopy(compile_network(network)), copy.deepcopy(network)
     for one in (changed, expected):
         one.get_parameter("conv_out.bias").add_(1)
@@ -232,13 +234,18 @@ from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.types import Conditioning
 
 torch.manual_seed(0)
-small = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4, "mid_block_type": "UNetMidBlock2D"}
-network = UNet(UNetConfig(in_channels=3, out_channels=3, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), **small)).eval()
+config = UNetConfig(
+    in_channels=3, out_channels=3, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+    down_block_types=("DownBlock2D",), mid_block_type="UNetMidBlock2D",
+    up_block_types=("UpBlock2D",),
+)
+network = UNet(config).eval()
 x, t, cond = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 900.0]), Conditioning()
 with torch.inference_mode():
     quick, expected = compile_network(network), network(x, t, cond)
-    found = quick(x, t, cond)
-assert (found - expected).abs().max() < 1e-5 * expected.abs().max(), (found - expected).abs().max()
+    result = quick(x, t, cond)
+error = (result - expected).abs().max()
+assert error < 1e-5 * expected.abs().max(), error
 assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "it was compiled, in one piece"
 assert list(quick.state_dict()) == list(network.state_dict())
 """
@@ -247,6 +254,7 @@ assert list(quick.state_dict()) == list(network.state_dict())
 KERNELS = """
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from sfumato.kernels import cpu_attention
 from sfumato.kernels import batch_invariant
 from sfumato.nn.attention import Attention
@@ -267,18 +275,20 @@ with torch.inference_mode():
         exact = network.to(dtype)
         quick = compile_network(exact)
         for batch, count in ((2, 1030), (3, 1100), (1, 12)):  # the second is compiled for any size
-            x, mask = torch.randn(batch, count, 320).to(dtype), torch.arange(count) < torch.tensor([[count], [count // 2], [3]])[:batch]
+            x = torch.randn(batch, count, 320).to(dtype)
+            mask = torch.arange(count) < torch.tensor([[count], [count // 2], [3]])[:batch]
             expected = exact(x, mask)
             quick(x, mask)
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-                found = quick(x, mask)
-            error = (found - expected).abs().max() / expected.abs().max()
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                result = quick(x, mask)
+            error = (result - expected).abs().max() / expected.abs().max()
             assert error < least, (dtype, batch, count, error)
-            ran = {event.key for event in profile.key_averages()}
+            ran = {event.key for event in profiler.key_averages()}
             if batch_invariant.onednn() is not None:
                 assert ("sfumato::product" in ran) == (dtype == torch.float32), ran
             if batch_invariant._BFLOAT16:
-                assert ("sfumato::attend" in ran) == (dtype == torch.bfloat16 and count >= 1024), ran
+                long = count >= 1024
+                assert ("sfumato::attend" in ran) == (dtype == torch.bfloat16 and long), ran
 """
 
 

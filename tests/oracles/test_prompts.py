@@ -73,7 +73,7 @@ def test_examples(prompt: str, pieces: list[tuple[str, float]]) -> None:
         ("a [cat|(dog:1.2)] b", "expected one prompt for all steps"),
     ],
 )
-def test_what_is_refused(prompt: str, words: str) -> None:
+def test_bad_prompts_are_refused(prompt: str, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
         parse(prompt)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
@@ -245,7 +245,7 @@ def test_a_long_prompt_is_its_chunks_each_encoded_alone(
 
 
 @pytest.mark.invariance
-def test_rows_are_what_they_are_alone_and_the_mask_says_where_they_end(sdxl: ClipText) -> None:
+def test_rows_equal_single_prompts_and_the_mask_ends_with_them(sdxl: ClipText) -> None:
     prompts = ["red dog", CATS + DOGS + "red", None, CATS + "red", "red dog", ""]
     result, lengths = sdxl(prompts, PICTURE), [77, 231, 77, 154, 77, 77]
     assert result.mask is not None and result.tokens is not None and result.vector is not None
@@ -292,7 +292,8 @@ def test_a_long_prompt_can_be_refused_and_nothing_is_cut_off(sd: ClipText) -> No
     assert torch.equal(tokens(strict, CATS), tokens(sd, CATS))
     with pytest.raises(
         UserError,
-        match=r"prompt 'cat cat .* dog' has 76 tokens: expected at most 75; shorten it, or set truncation='chunks'",
+        match=r"prompt 'cat cat .* dog' has 76 tokens: expected at most 75; "
+        r"shorten it, or set truncation='chunks'",
     ):
         strict(["cat", CATS + "dog"])
     for count in (74, 75, 76, 149, 150, 151):  # the last word always shows

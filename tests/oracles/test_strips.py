@@ -1,5 +1,5 @@
 """Strips against the whole: layers one by one, autoencoders of many shapes, in every height of
-strips and at every memory; and what it takes.
+strips and at every memory, with the memory in use.
 
 In float64 the results agree to 1e-10, so that a halo, a border or a statistic that is only nearly
 right shows.
@@ -189,7 +189,7 @@ def test_moments_are_those_of_the_whole_map(rows: int, offset: float) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 13), st.integers(1, 13))
-def test_what_is_put_in_comes_out_in_order(height: int, slab: int, rows: int, again: int) -> None:
+def test_stores_return_rows_in_order(height: int, slab: int, rows: int, again: int) -> None:
     """A store, whatever the slabs; read once or twice; and the rows that wait beside a branch."""
     x = normal(1, 2, height, 3)
     with pytest.MonkeyPatch.context() as patch:
@@ -284,8 +284,9 @@ def test_other_kinds_in_float32(kind: str) -> None:
 
 
 def test_a_tiny_autoencoder_keeps_no_large_map(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has no norms: its strips go from end to end, and only they and what is asked for are
-    alive.
+    """It has no norms: its strips go from end to end.
+
+    Only they and the result are alive.
     """
     monkeypatch.setattr(by, "_SLAB", 2**12)
     autoencoder, raw, image = (
@@ -350,9 +351,9 @@ def test_no_image_depends_on_the_batch_and_no_input_is_changed() -> None:
     assert all(
         torch.equal(exact(autoencoder, z[k : k + 1], rows=2), image[k : k + 1]) for k in range(3)
     )
-    given = image.clone()
+    unchanged = image.clone()
     exact_posterior(autoencoder, image, rows=2, memory=10**9)
-    assert torch.equal(image, given)
+    assert torch.equal(image, unchanged)
     assert exact(autoencoder, z[:0]).shape == (0, 3, 24, 20)
 
 
@@ -361,7 +362,7 @@ class Alive(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.available: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self.most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -369,9 +370,9 @@ class Alive(TorchDispatchMode):
         for tensor in torch.utils._pytree.tree_leaves(out):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                self.available[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.available = {k: v for k, v in self.available.items() if not v[0].expired()}
-        self.most = max(self.most, sum(size for _, size in self.available.values()))
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {k: v for k, v in self.alive.items() if not v[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.alive.values()))
         return out
 
 
@@ -379,8 +380,9 @@ class Alive(TorchDispatchMode):
 def test_nothing_near_the_size_of_two_maps_is_alive(
     part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The largest map once, some strips, and what was asked for; the whole holds several such
-    maps.
+    """The largest map once, some strips, and the result are alive.
+
+    The whole run holds several such maps.
     """
     monkeypatch.setattr(by, "_SLAB", 2**12)
     autoencoder = kl(
@@ -443,7 +445,7 @@ def _products(autoencoder: AutoencoderKL, raw: Tensor) -> list[int]:
     return result
 
 
-# ---- what is refused -----------------------------------------------------------------------------
+# ---- refused inputs ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -480,7 +482,8 @@ def test_wrong_input_is_refused() -> None:
         exact(autoencoder, torch.zeros(1, 3, 0, 4))
     with pytest.raises(
         UserError,
-        match="Other is not a SequentialAutoencoder and cannot be run in strips: use whole or tiled",
+        match="Other is not a SequentialAutoencoder and cannot be run in strips: "
+        "use whole or tiled",
     ):
         exact(Other(), torch.zeros(1, 3, 4, 4))
     with pytest.raises(UserError, match="Linear cannot be run in strips"):
@@ -516,7 +519,7 @@ def test_one_tile_that_covers_everything_encodes_the_whole() -> None:
     assert apart(result.mean, expected.mean) < 1e-6 and apart(result.std, expected.std) < 1e-6
 
 
-def test_tiles_encode_the_whole_where_the_overlap_covers_what_a_cell_sees(
+def test_tiles_encode_the_whole_where_the_overlap_covers_the_receptive_field(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without norms and attention (here the norms do nothing) a cell depends on its neighbourhood

@@ -1,5 +1,6 @@
-"""Training, checked against numbers worked out by hand: losses, averages, orders, learning rates,
-and what a run writes.
+"""Training against numbers that were computed by hand.
+
+Losses, averages, orders, learning rates, and the files of a run.
 """
 
 import copy
@@ -91,7 +92,7 @@ def one_loss(
 
 
 class Line(Objective):
-    """y = w x in float32, with whatever a test wants to happen in the loss."""
+    """y = w x in float32; a test may add any effect to the loss."""
 
     main, stage = "line", "train line"
 
@@ -184,8 +185,9 @@ def test_the_perceptual_gradient_reaches_the_whole_decoder(shapes: Shapes, name:
 
 
 def test_the_check_of_the_perceptual_gradient_can_fail(shapes: Shapes) -> None:
-    """The well-known mistake, features computed under no_grad: the loss has the same value and
-    teaches nothing.
+    """A common mistake: features computed under no_grad.
+
+    The loss has the same value and trains nothing.
     """
     without = decoder_gradients(AutoencoderLoss(kl=0))
     blind = decoder_gradients(
@@ -314,13 +316,14 @@ def test_the_discriminators_turn_teaches_the_discriminator_alone() -> None:
 
 
 def test_patch_logits_come_one_a_patch() -> None:
-    """Three halvings make a receptive field of 70 pixels: a logit does not see what is farther
-    away.
+    """Three halvings make a receptive field of 70 pixels.
+
+    A logit does not depend on pixels farther away.
     """
     torch.manual_seed(0)
     network = PatchDiscriminator(1, width=8, layers=3)
     for module in network.modules():
-        if isinstance(module, nn.GroupNorm):  # it sees the whole map: leave the convolutions
+        if isinstance(module, nn.GroupNorm):  # it depends on the whole map: leave the convolutions
             module.forward = lambda x: x  # type: ignore[method-assign]
     image = torch.zeros(1, 1, 128, 128, requires_grad=True)
     logits = network(image)
@@ -366,7 +369,7 @@ def test_the_discriminator_waits_for_its_start(tmp_path: Path) -> None:
 
 
 class Spy(nn.Module):
-    """Returns zeros and remembers what it was given."""
+    """Return zeros and record the inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -391,8 +394,9 @@ def denoiser(
 @pytest.mark.parametrize("weighting", ["plain", "min_snr"])
 @pytest.mark.parametrize("name", ["eps", "v"])
 def test_the_denoisers_loss_by_hand(weighting: Any, name: str) -> None:
-    """A network that says 0: the loss is the weighted mean square of the target, from the same
-    random numbers.
+    """A network whose output is 0.
+
+    The loss is the weighted mean square of the target, from the same random numbers.
     """
     process = Process(schedule("linear"), parameterization(name))
     latents = Latents(torch.randn(4, 2, 8, 8), std=0.3)
@@ -472,7 +476,7 @@ def test_a_share_of_the_conditions_is_null(drop: float) -> None:
 
 
 def test_a_conditioner_names_the_entry_of_the_batch_that_conditions() -> None:
-    """By the pictures' numbers rows 1 and 3 are asked for, by their labels class 0 both times."""
+    """By the images' numbers the condition is rows 1 and 3, by their labels class 0 twice."""
 
     class Numbered(ClassNames):
         batch_key = "number"
@@ -523,7 +527,7 @@ def test_impossible_settings_are_refused_when_they_are_made(
     settings: Any, name: str, value: Any
 ) -> None:
     wrong = copy.copy(settings)
-    # the constructor's types are checked in tests, and it is the sentence that we want
+    # the constructor's types are checked in tests, and the message is tested here
     object.__setattr__(wrong, name, value)
     with pytest.raises(UserError, match=str(value)):
         wrong.__post_init__()
@@ -676,7 +680,7 @@ def infinite_gradient(loss: Tensor, step: int) -> Tensor:
     ],
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_is_not_finite_stops_the_run(
+def test_numbers_that_are_not_finite_stop_the_run(
     tmp_path: Path, change: Any, words: str, precision: Any
 ) -> None:
     """The sentence names stage, phase, step and dtype; the last checkpoint is good, and the run
@@ -792,8 +796,9 @@ def numbers_of(out: Path) -> dict[int, dict[str, float]]:
 
 
 def test_a_line_of_the_log_is_the_mean_over_the_steps_since_the_last(tmp_path: Path) -> None:
-    """Of those that had a number: the discriminator begins at step 4, in the middle of a line. The
-    learning rate is the step's own.
+    """Of those that had a number: the discriminator begins at step 4, in the middle of a line.
+
+    The learning rate is the step's own.
     """
     settings = replace(LOOP, steps=8, decay="linear")
     for name, every in (("each", 1), ("third", 3)):
@@ -818,8 +823,8 @@ def test_a_line_of_the_log_is_the_mean_over_the_steps_since_the_last(tmp_path: P
     assert third[3]["autoencoder/loss"] != pytest.approx(losses[-1], rel=1e-4)
 
 
-def test_what_a_device_has_is_summed_there() -> None:
-    """The device without numbers: whoever asks for one stumbles."""
+def test_losses_are_summed_on_their_device() -> None:
+    """The meta device holds no numbers: reading one fails."""
     means, loss = Means(), torch.zeros((), device="meta", requires_grad=True)
     for _ in range(3):
         means.add({"loss": loss, "norm": 2.0})
@@ -872,7 +877,7 @@ def test_an_autoencoder_learns_one_batch_by_heart(tmp_path: Path) -> None:
 def test_a_denoiser_learns_one_latent_by_heart(tmp_path: Path) -> None:
     """It was shown one latent: sampling gives that latent, whatever the noise."""
     process = Process(schedule("cosine"), parameterization("x0"))
-    # no place differs: a network has no other way to know places
+    # no place differs: the table is all that a network has of positions
     mean = torch.tensor([1.7, -2.0]).reshape(1, 2, 1, 1).expand(1, 2, 8, 8)
     objective = denoiser(DenoiserLoss(), process, Latents(mean))
     network = train(

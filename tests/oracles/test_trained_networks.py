@@ -1,5 +1,7 @@
-"""Any network's config stands in a recipe: what data, autoencoder and text encoder say is filled
-in, and what cannot be is said before the first step.
+"""Recipes with any network's config.
+
+Values of data, autoencoder and text encoder are filled in; impossible settings are refused before
+the first step.
 """
 
 import json
@@ -33,16 +35,22 @@ FLUX: dict[str, Any] = {
     "num_attention_heads": 2,
     "attention_head_dim": 16,
 }
-# its config, the text encoder (None: classes), what the folder must say
+# its config, the text encoder (None: classes), fields of the folder's config
 NETWORKS: dict[str, tuple[Any, str | None, dict[str, Any]]] = {
     "DiT": (DiTConfig(**SMALL), None, {"num_embeds_ada_norm": 2, "sample_size": 8}),
     "SiT": (SiTConfig(**SMALL), None, {"num_embeds_ada_norm": 2, "sample_size": 8}),
-    "sfumato": (ModernDiTConfig(**SMALL, patch_size=2), None, {"num_class_embeds": 3, "sample_size": 8}),
-    "PixArt": (PixArtConfig(**(SMALL | {"num_attention_heads": 3, "out_channels": 4}), cross_attention_dim=24), "t5", {"caption_channels": 48, "sample_size": 8}),
-    "SD3": (SD3Config(**SMALL, caption_projection_dim=16, pos_embed_max_size=8), "flux", {"joint_attention_dim": 48, "pooled_projection_dim": 16, "in_channels": 4}),
-    "FLUX.1": (FluxConfig(**FLUX, axes_dims_rope=(4, 6, 6)), "flux", {"in_channels": 16, "joint_attention_dim": 48, "pooled_projection_dim": 16}),
+    "sfumato": (ModernDiTConfig(**SMALL, patch_size=2), None,
+                {"num_class_embeds": 3, "sample_size": 8}),
+    "PixArt": (PixArtConfig(**(SMALL | {"num_attention_heads": 3, "out_channels": 4}),
+                            cross_attention_dim=24), "t5",
+                            {"caption_channels": 48, "sample_size": 8}),
+    "SD3": (SD3Config(**SMALL, caption_projection_dim=16, pos_embed_max_size=8), "flux",
+            {"joint_attention_dim": 48, "pooled_projection_dim": 16, "in_channels": 4}),
+    "FLUX.1": (FluxConfig(**FLUX, axes_dims_rope=(4, 6, 6)), "flux",
+               {"in_channels": 16, "joint_attention_dim": 48, "pooled_projection_dim": 16}),
     "FLUX.2": (
-        Flux2Config(**FLUX, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False), "t5", {"in_channels": 4, "joint_attention_dim": 48},
+        Flux2Config(**FLUX, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False), "t5",
+        {"in_channels": 4, "joint_attention_dim": 48},
     ),
     "Z-Image": (
         ZImageConfig(
@@ -56,7 +64,7 @@ NETWORKS: dict[str, tuple[Any, str | None, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `captioned` writes, a folder with FLUX's text encoders, and pictures of two classes."""
+    """Captioned images, a folder with FLUX's text encoders, and images of two classes."""
     result = captioned_images.write(tmp_path_factory.mktemp("networks") / "parts")
     text_encoders.write(result / "flux", "flux")
     for name, value in (("red", 40), ("blue", 200)):
@@ -97,11 +105,11 @@ def recipe(
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_any_network_is_trained_by_a_recipe(name: str, place: Path, tmp_path: Path) -> None:
-    """The folder opens, and draws a picture of training's size if nobody says another."""
-    network, text, settings = NETWORKS[name]
+    """The folder opens, and its default size is that of training."""
+    network, text, expected = NETWORKS[name]
     folder = recipe(place, network, text).run(tmp_path / "run")
     config = json.loads((folder / "transformer" / "config.json").read_text())
-    assert {key: config[key] for key in settings} == settings
+    assert {key: config[key] for key in expected} == expected
     model = sfumato.load(folder)
     assert model.class_names == (() if text else ("blue", "red")) and model.sample_size == 16
     (picture,) = model.generate(captioned_images.WORDS[0] if text else "red")
@@ -133,7 +141,8 @@ def test_any_network_is_trained_by_a_recipe(name: str, place: Path, tmp_path: Pa
             Flux2Config(),
             "flux",
             None,
-            "guidance_embeds=True: the strength of guidance is learned from another model, not from data",
+            "guidance_embeds=True: the strength of guidance is learned from another model, not "
+            "from data",
         ),
     ],
 )

@@ -21,7 +21,7 @@ from sfumato.nn.rope import angles, grid, rotate
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(-50, 50), st.integers(-50, 50), st.integers(-20, 20), st.integers(-20, 20))
-def test_products_of_turned_vectors_tell_only_the_distance(
+def test_products_of_rotated_vectors_depend_on_the_distance_alone(
     row: int, column: int, down: int, right: int
 ) -> None:
     q, k = normal(1, 1, 2, 16), normal(1, 1, 2, 16, seed=1)
@@ -82,7 +82,7 @@ def test_modulation_is_its_formula_with_and_without_gradients(count: int) -> Non
         torch.testing.assert_close(gated(x, scale, shift.expand_as(x)), x + scale * shift)
 
 
-def test_modulation_begins_where_its_weights_say() -> None:
+def test_modulation_begins_as_its_weights_are_initialised() -> None:
     layer, embedding = Modulation(6, 3), normal(2, 6)
     parts = layer(embedding)
     expected = F.linear(F.silu(embedding), layer.linear.weight, layer.linear.bias)
@@ -92,12 +92,13 @@ def test_modulation_begins_where_its_weights_say() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_rms_norm_is_torchs(dtype: torch.dtype) -> None:
-    actual, x = RMSNorm(16, eps=1e-5), (3 * normal(4, 7, 16)).to(dtype)
+    norm, x = RMSNorm(16, eps=1e-5), (3 * normal(4, 7, 16)).to(dtype)
     with torch.no_grad():
-        actual.weight.copy_(normal(16, seed=1))
-    expected = F.rms_norm(x.double(), (16,), actual.weight.double(), 1e-5)
-    error = (actual.to(dtype)(x).double() - expected).norm() / expected.norm()
-    assert float(error) < {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float64: 1e-14}[dtype]
+        norm.weight.copy_(normal(16, seed=1))
+    expected = F.rms_norm(x.double(), (16,), norm.weight.double(), 1e-5)
+    error = (norm.to(dtype)(x).double() - expected).norm() / expected.norm()
+    bounds = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float64: 1e-14}
+    assert float(error) < bounds[dtype]
 
 
 def test_feed_forwards_are_their_formulas() -> None:
@@ -154,11 +155,11 @@ def test_attention_in_blocks_is_attention(width: int, count: int, masked: bool) 
         exact = batch_invariant.attend(q.double(), k.double(), v.double(), mask)
         with torch.inference_mode():
             assert cpu_attention.fits(q, k)
-            actual = batch_invariant.onednn()
+            onednn = batch_invariant.onednn()
             result = (
                 None
-                if actual is None or not actual._is_mkldnn_bf16_supported()
-                else cpu_attention.attend(q, k, v, mask, actual)
+                if onednn is None or not onednn._is_mkldnn_bf16_supported()
+                else cpu_attention.attend(q, k, v, mask, onednn)
             )
             used = batch_invariant.attend(q, k, v, mask)
         bits = mask is None and F.scaled_dot_product_attention(
@@ -176,14 +177,14 @@ def test_attention_in_blocks_is_attention(width: int, count: int, masked: bool) 
         assert result is None if strength == 8.0 else (result is None or torch.equal(result, used))
 
 
-def test_attention_in_blocks_does_not_touch_what_it_should_not() -> None:
+def test_attention_in_blocks_leaves_other_inputs_to_torch() -> None:
     q = normal(1, 1024, 1, 128)
     with torch.inference_mode():
         assert not cpu_attention.fits(q, q) and not cpu_attention.fits(
             q[:, :1000].bfloat16(), q.bfloat16()
         )
         assert not cpu_attention.fits(q[..., :64].bfloat16(), q[..., :64].bfloat16())
-    assert not cpu_attention.fits(q.bfloat16(), q.bfloat16())  # a gradient may be wanted
+    assert not cpu_attention.fits(q.bfloat16(), q.bfloat16())  # a gradient may be needed
 
 
 def test_the_attention_backend_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -237,7 +238,7 @@ def test_padding_goes_on_with_the_edge() -> None:
     assert padded(x, 1) is x
 
 
-def test_places_are_stretched_over_what_was_trained() -> None:
+def test_positions_are_stretched_over_the_trained_ones() -> None:
     """A map twice as large has every trained place, and places between them."""
     small, large = sincos_2d(16, 4, 4, 4), sincos_2d(16, 8, 8, 4)
     torch.testing.assert_close(large.reshape(8, 8, 16)[::2, ::2].flatten(0, 1), small)

@@ -1,5 +1,6 @@
-"""tune-timesteps: the search finds what is known to be best, beats what it begins from, and what it
-finds travels with the model.
+"""tune-timesteps: the search finds the best times, and they are saved with the model.
+
+The best times of the tests are exact; they beat those that the search begins from.
 """
 
 import json
@@ -72,8 +73,8 @@ def test_tuned_times_beat_every_fixed_spacing_on_unseen_images(sharp: LatentDiff
     # run.
     prompts, options = [None] * 24, {"sampler": "ddim", "seed": 24, "output": "latent"}
     end = sharp.generate(prompts, steps=100, **options)
-    mine = sharp.generate(prompts, timesteps=result.times, **options)
-    assert float((mine - end).square().mean().sqrt()) == pytest.approx(
+    latents = sharp.generate(prompts, timesteps=result.times, **options)
+    assert float((latents - end).square().mean().sqrt()) == pytest.approx(
         result.errors["tuned"], rel=1e-5
     )
 
@@ -155,12 +156,9 @@ def test_the_command_stores_times_that_generate_uses(
         sfumato.cli.main(["tune-timesteps", str(tmp_path / "model"), "--steps", "2", "3", *few])
         == 0
     )
-    message = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        "tuned" in message
-        and "trailing" in message
-        and "2 steps" in message
-        and "3 steps" in message
+        "tuned" in output and "trailing" in output and "2 steps" in output and "3 steps" in output
     )
     notes = json.loads((tmp_path / "model" / "model_index.json").read_text())["_sfumato"][
         "defaults"

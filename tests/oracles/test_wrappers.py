@@ -1,5 +1,6 @@
-"""Wrappers against what they promise: a known region that stays known, windows that add up,
-features that are reused and never mixed.
+"""Wrappers against their promises.
+
+A known region stays known, windows add up, features are reused and never mixed.
 """
 
 import math
@@ -41,7 +42,7 @@ DOWNWARD = [name for name, sampler in SAMPLERS.items() if not traits_of(sampler)
 FLOW = schedule("flow")
 
 
-def asking(predict: Callable[[Tensor, float], Prediction]) -> DenoiseFn:
+def denoise_fn(predict: Callable[[Tensor, float], Prediction]) -> DenoiseFn:
     """A denoiser that needs no conditioning, as questions."""
 
     def ask(x: Tensor, t: float) -> DenoiseCalls[Prediction]:
@@ -65,7 +66,7 @@ def tangled(chosen: Schedule) -> DenoiseFn:
         x0 = torch.tanh((x + x.roll(1, 3) - x.roll(1, 2)) / math.hypot(alpha, sigma))
         return Prediction(x0, (x - alpha * x0) / sigma)
 
-    return asking(predict)
+    return denoise_fn(predict)
 
 
 # LCM's boundary condition, c_skip x + c_out z, is made for timesteps in 0..1000. pndm's first step
@@ -80,11 +81,10 @@ ELSEWHERE = {("lcm", "ve"), ("lcm", "edm"), ("pndm", "cosine")}
 def test_the_known_region_is_z_with_the_right_noise_at_every_level_and_z_at_the_end(
     name: str, kind: str
 ) -> None:
-    """Without noise on the way: alpha z + sigma times the run's first noise, to rounding. With it:
-    noise of mean 0 and variance 1.
+    """Without added noise: alpha z + sigma times the run's first noise, to rounding.
 
-    2592 known cells, 5.5 standard errors. LCM gives c_skip x + c_out z instead of z, with a c_skip
-    of up to 1e-3 at these levels.
+    With it: noise of mean 0 and variance 1. 2592 known cells, 5.5 standard errors. LCM gives c_skip
+    x + c_out z instead of z, with a c_skip of up to 1e-3 at these levels.
     """
     chosen, z, first = (
         schedule(kind),
@@ -104,24 +104,22 @@ def test_the_known_region_is_z_with_the_right_noise_at_every_level_and_z_at_the_
         ),
         evaluate_calls,
     )
-    available, tolerance = mask.bool().expand_as(z), 1e-8
+    inside, tolerance = mask.bool().expand_as(z), 1e-8
     for step in steps:
         alpha, sigma = chosen.point(step.t)
         if not traits_of(SAMPLERS[name]).noise:
-            assert ((step.x - alpha * z - sigma * first)[available]).abs().max() < tolerance * (
+            assert ((step.x - alpha * z - sigma * first)[inside]).abs().max() < tolerance * (
                 alpha + sigma
             )
         else:
-            noise = ((step.x - alpha * z) / sigma)[available]
+            noise = ((step.x - alpha * z) / sigma)[inside]
             assert abs(float(noise.mean())) < 5.5 / math.sqrt(len(noise))
             assert abs(float(noise.var()) - 1) < 5.5 * math.sqrt(2 / len(noise))
-        assert torch.equal(step.prediction.x0[available], z[available])
-    assert ((result - z)[available]).abs().max() < (1e-3 if name == "lcm" else tolerance)
+        assert torch.equal(step.prediction.x0[inside], z[inside])
+    assert ((result - z)[inside]).abs().max() < (1e-3 if name == "lcm" else tolerance)
     whole = finish(result, z, mask)
-    assert torch.equal(whole[available], z[available]) and torch.equal(
-        whole[~available], result[~available]
-    )
-    assert (result - z)[~available].abs().max() > 0.1
+    assert torch.equal(whole[inside], z[inside]) and torch.equal(whole[~inside], result[~inside])
+    assert (result - z)[~inside].abs().max() > 0.1
 
 
 def test_an_empty_known_region_changes_no_start_and_a_full_one_ends_at_z() -> None:
@@ -164,7 +162,7 @@ def two_pixels(rho: float, chosen: Schedule) -> DenoiseFn:
         x0 = x @ gain.T
         return Prediction(x0, (x - alpha * x0) / sigma)
 
-    return asking(predict)
+    return denoise_fn(predict)
 
 
 def inpainted(
@@ -198,13 +196,12 @@ def inpainted(
 
 @pytest.mark.parametrize("kind", ["flow", "cosine"])
 @pytest.mark.parametrize("rho", [0.0, 0.8])
-def test_what_it_can_and_cannot_do_without_noise_on_the_way(kind: str, rho: float) -> None:
-    """x_2 is linear in z_1, the known noise n_1 and its own n_2, with coefficients that solve a
-    linear ODE in r = sigma/alpha:
+def test_error_of_a_run_without_added_noise(kind: str, rho: float) -> None:
+    """x_2 is linear in z_1, the known noise n_1 and its own n_2.
 
-    with D(r) = (1 + r^2)^2 - rho^2, those of z_1 and n_1 are rho D(0)^1/4 times the integrals of r
-    D^-5/4 and r^2 D^-5/4, that of n_2 is D(0)^1/4. The exact answer is rho z_1 with variance 1 -
-    rho^2: right for rho = 0 only.
+    The coefficients solve a linear ODE in r = sigma/alpha: with D(r) = (1 + r^2)^2 - rho^2, those
+    of z_1 and n_1 are rho D(0)^1/4 times the integrals of r D^-5/4 and r^2 D^-5/4, that of n_2 is
+    D(0)^1/4. The exact answer is rho z_1 with variance 1 - rho^2: right for rho = 0 only.
     """
     z = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64).reshape(3, 1, 1, 1) * torch.ones(
         1, 1, 1, 2, dtype=torch.float64
@@ -248,12 +245,12 @@ def test_noise_on_the_way_brings_it_nearer(
         normal(20_000, 1, 1, 2, dtype=torch.float64),
         normal(20_000, 1, 1, 2, seed=1, dtype=torch.float64),
     )
-    available, result = inpainted(rho, z, noise, sampler, 100, "cosine")[:, 0, 0].T
-    measured = float((available * result).mean() / available.square().mean())
+    exact, result = inpainted(rho, z, noise, sampler, 100, "cosine")[:, 0, 0].T
+    measured = float((exact * result).mean() / exact.square().mean())
     assert abs(measured - slope) < 0.02 + 4 / math.sqrt(20_000)
-    assert abs(
-        float((result - measured * available).var()) - spread
-    ) < 0.02 + 4 * spread * math.sqrt(2 / 20_000)
+    assert abs(float((result - measured * exact).var()) - spread) < 0.02 + 4 * spread * math.sqrt(
+        2 / 20_000
+    )
 
 
 @pytest.mark.parametrize(
@@ -278,11 +275,11 @@ def test_a_region_that_does_not_fit_is_refused(z: Tensor, mask: Tensor, complain
         )
 
 
-def test_without_noise_there_is_nothing_to_ask() -> None:
+def test_without_noise_nothing_is_evaluated() -> None:
     z = torch.zeros(1, 1, 2, 2)
     with pytest.raises(UserError, match="0 has no noise to predict"):
         drive(
-            known_region(asking(lambda x, t: Prediction(x, x)), z, z, FLOW.point)(z, 0.0),
+            known_region(denoise_fn(lambda x, t: Prediction(x, x)), z, z, FLOW.point)(z, 0.0),
             evaluate_calls,
         )
 
@@ -313,12 +310,12 @@ def pixelwise(x: Tensor, t: float) -> Prediction:
 @pytest.mark.parametrize("weights", ["uniform", "smooth"])
 @pytest.mark.parametrize("around", [False, True])
 @pytest.mark.parametrize(("size", "stride"), [(4, 3), ((4, 6), (2, 5)), (4, 4), (3, 1)])
-def test_a_denoiser_of_single_cells_is_what_it_would_be_on_the_whole(
+def test_a_denoiser_of_single_cells_gives_the_same_on_the_whole(
     weights: str, around: bool, size: Any, stride: Any
 ) -> None:
     x = normal(2, 3, 9, 14)
     result = drive(
-        multidiffusion(asking(pixelwise), size, stride, weights, around)(x, 0.5), evaluate_calls
+        multidiffusion(denoise_fn(pixelwise), size, stride, weights, around)(x, 0.5), evaluate_calls
     )
     assert torch.allclose(result.x0, 0.3 * x, atol=1e-6) and torch.allclose(
         result.eps, 0.7 * x, atol=1e-6
@@ -330,13 +327,13 @@ def test_a_denoiser_of_single_cells_is_what_it_would_be_on_the_whole(
 
 @pytest.mark.parametrize("weights", ["uniform", "smooth"])
 @pytest.mark.parametrize("around", [False, True])
-def test_it_is_the_weighted_average_of_what_the_windows_say(weights: str, around: bool) -> None:
+def test_the_result_is_the_weighted_average_of_the_windows(weights: str, around: bool) -> None:
     """Eq. 5 cell by cell, with windows that disagree: each answers with its number."""
     count = iter(range(100))
     x = torch.zeros(1, 1, 5, 9)
     result = drive(
         multidiffusion(
-            asking(lambda x, t: Prediction(x + (n := next(count)), x - n)),
+            denoise_fn(lambda x, t: Prediction(x + (n := next(count)), x - n)),
             (3, 4),
             (2, 3),
             weights,
@@ -364,8 +361,9 @@ def test_it_is_the_weighted_average_of_what_the_windows_say(weights: str, around
 
 
 class Pictures(nn.Module):
-    """y = sin(x + concat) + a number for each class: position-independent; remembers the sizes it
-    was asked.
+    """y = sin(x + concat) + a number for each class, position-independent.
+
+    It records the sizes of its calls.
     """
 
     def __init__(self) -> None:
@@ -412,8 +410,9 @@ def test_guidance_inside_and_conditioning_that_is_cut_as_x_is() -> None:
 
 
 def test_a_canvas_that_goes_around_has_no_place_where_it_begins() -> None:
-    """With a network that sees a window's own edges (convolutions, attention): turning the canvas
-    by whole strides turns the prediction.
+    """The network depends on a window's own edges (convolutions, attention).
+
+    Turning the canvas by whole strides turns the prediction.
     """
     denoiser = tiny()
     x, conditioning = normal(1, 2, 8, 16), Conditioning(vector=torch.eye(3)[[0]])
@@ -436,9 +435,9 @@ def test_a_canvas_that_goes_around_has_no_place_where_it_begins() -> None:
 def test_a_canvas_that_cannot_be_cut_is_refused() -> None:
     for size, stride in ((4, 5), (4, 0), ((4, 8), (5, 5))):
         with pytest.raises(UserError, match="expected strides from 1 to"):
-            multidiffusion(asking(pixelwise), size, stride)
+            multidiffusion(denoise_fn(pixelwise), size, stride)
     with pytest.raises(UserError, match="did you mean 'smooth'"):
-        multidiffusion(asking(pixelwise), 4, 2, "smoth")
+        multidiffusion(denoise_fn(pixelwise), 4, 2, "smoth")
     x = torch.zeros(1, 3, 4, 8)
     for wrong in (
         Conditioning(concat=torch.zeros(1, 3, 4, 4)),
@@ -506,8 +505,9 @@ def ran(
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Equal but for rounding: convolutions and matrix products choose their algorithm by the
-    batch.
+    """Equal but for rounding.
+
+    Convolutions and matrix products choose their algorithm by the batch.
     """
     assert a is not None and b is not None
     return torch.allclose(a, b, atol=1e-3)
@@ -532,17 +532,20 @@ class Counting:
 @torch.inference_mode()
 def test_a_network_cut_anywhere_is_the_network(config: UNetConfig, size: int) -> None:
     network, x, timestep = unet(config), normal(2, 2, size, size), torch.tensor([10.0, 700.0])
-    given = replace(
+    conditioning = replace(
         classes(0, 1),
         tokens=normal(2, 5, 6, seed=1),
         mask=torch.arange(5)[None] < torch.tensor([[3], [5]]),
     )
-    top, _ = network.shallow_down(x, timestep, given, len(network._way_up()))
+    top, _ = network.shallow_down(x, timestep, conditioning, len(network._way_up()))
     middle = network._descend(
-        top[-1], network._way_down()[len(top) - 1 :], network.embed(timestep, given, x.dtype), given
+        top[-1],
+        network._way_down()[len(top) - 1 :],
+        network.embed(timestep, conditioning, x.dtype),
+        conditioning,
     )[-1]
     residuals = tuple(normal(*v.shape, seed=k) for k, v in enumerate((*top, middle)))
-    for cond in (given, replace(given, residuals=residuals)):
+    for cond in (conditioning, replace(conditioning, residuals=residuals)):
         expected = network(x, timestep, cond)
         for count in range(1, len(top) + 1):
             skips, time = network.shallow_down(x, timestep, cond, count)
@@ -552,9 +555,9 @@ def test_a_network_cut_anywhere_is_the_network(config: UNetConfig, size: int) ->
                 expected,
             )
     with pytest.raises(UserError, match="do not fit this U-Net"):
-        network.deep(top[-1], time, replace(given, residuals=residuals[:-1]), len(top))
+        network.deep(top[-1], time, replace(conditioning, residuals=residuals[:-1]), len(top))
     with pytest.raises(UserError, match="which is how many this U-Net has"):
-        network.shallow_down(x, timestep, given, len(top) + 1)
+        network.shallow_down(x, timestep, conditioning, len(top) + 1)
 
 
 @pytest.mark.parametrize("skips", [1, 2, 4])
@@ -625,8 +628,9 @@ def test_between_key_calls_the_deep_part_does_not_run(monkeypatch: pytest.Monkey
 
 @torch.inference_mode()
 def test_runs_never_mix_and_share_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three runs with other classes, images, sizes, rules and samplers, in one string of questions:
-    each is what it is alone.
+    """Three runs with other classes, images, sizes, rules and samplers, in one list of calls.
+
+    Each is the same as alone.
     """
     denoiser = tiny()
 
@@ -676,11 +680,12 @@ def test_the_threshold_decides_for_each_image_alone(
 
 
 @torch.inference_mode()
-def test_where_guidance_stops_and_begins_again_nobody_takes_anothers_features(
+def test_where_guidance_stops_and_begins_again_features_are_not_mixed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Windows and classes: where the second class is not asked, the places of a call's questions
-    mean other things.
+    """Windows and classes.
+
+    Where the second class is not evaluated, other rows stand at the places of a call.
     """
 
     class Sometimes(Constant):
@@ -752,8 +757,9 @@ def test_a_cache_that_cannot_be_or_is_used_twice_at_once_is_refused() -> None:
 
 @torch.inference_mode()
 def test_they_stack() -> None:
-    """A known region in a large canvas of windows with guidance, with a cache: the known part is z,
-    each image is what it is alone.
+    """A known region in a large canvas of windows with guidance, with a cache.
+
+    The known part is z, and each image is the same as alone.
     """
     denoiser, z, mask = tiny(), normal(1, 2, 8, 20, seed=9), torch.zeros(1, 1, 8, 20)
     mask[:, :, 2:6, 3:12] = 1
@@ -776,8 +782,8 @@ def test_they_stack() -> None:
         )
 
     steps: list[Step] = []
-    result, available = run([0, 1], [0, 1], steps), mask.bool().expand(2, 2, -1, -1)
-    assert len(steps) == 6 and torch.equal(result[available], z.expand(2, -1, -1, -1)[available])
-    assert (result - z)[~available].abs().max() > 0.1
+    result, inside = run([0, 1], [0, 1], steps), mask.bool().expand(2, 2, -1, -1)
+    assert len(steps) == 6 and torch.equal(result[inside], z.expand(2, -1, -1, -1)[inside])
+    assert (result - z)[~inside].abs().max() > 0.1
     for k in range(2):
         assert same(run([k], [k], []), result[k : k + 1])
