@@ -249,12 +249,20 @@ def test_each_encoder_reads_its_own_prompt(folders: dict[str, Path]) -> None:
 
 def test_unused_second_prompts(folders: dict[str, Path]) -> None:
     for family, options, message in (
-        ("SD 1", {"prompt_2": "a dog"}, "this model has no second text encoder to read it"),
-        ("refiner", {"prompt_2": "a dog"}, "this model has no second text encoder to read it"),
+        (
+            "SD 1",
+            {"prompt_2": "a dog"},
+            "this model has no second text encoder, put everything into prompt",
+        ),
+        (
+            "refiner",
+            {"prompt_2": "a dog"},
+            "this model has no second text encoder, put everything into prompt",
+        ),
         (
             "SDXL",
             {"prompt_2": "a dog", "prompt": None},
-            "without prompt: say what the first text encoder reads too",
+            "without prompt: expected a text for the first text encoder too",
         ),
         (
             "SDXL",
