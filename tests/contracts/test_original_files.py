@@ -477,8 +477,9 @@ model:
     unet_config:
       target: ldm.modules.diffusionmodules.openaimodel.UNetModel
       params: {image_size: 8, in_channels: 4, out_channels: 4, model_channels: 32,
-        attention_resolutions: [1], num_res_blocks: 1, channel_mult: [1, 2], num_head_channels: 32,
-        use_spatial_transformer: true, transformer_depth: 1, context_dim: 64}
+        attention_resolutions: [1], num_res_blocks: 1,
+        channel_mult: [1, 2], num_head_channels: 32, use_spatial_transformer: true,
+        transformer_depth: 1, context_dim: 64}
     first_stage_config:
       target: ldm.models.autoencoder.VQModelInterface
       params:

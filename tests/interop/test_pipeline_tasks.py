@@ -262,7 +262,7 @@ def test_unused_second_prompts(folders: dict[str, Path]) -> None:
         (
             "SDXL",
             {"prompt_2": "a dog", "prompt": None},
-            "without prompt: say what the first text encoder reads too",
+            "without prompt: expected a text for the first text encoder too",
         ),
         (
             "SDXL",
