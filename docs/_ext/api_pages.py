@@ -20,11 +20,12 @@ FOLDER = "api"
 INDEX = "reference/api"
 
 
-def page(package: ModuleType) -> str:
+def page(package: ModuleType, indexed: dict[int, str]) -> str:
     """Write the page of a package.
 
     Args:
         package: An imported package.
+        indexed: Classes and functions that an earlier page has, by identity; extended.
 
     Returns:
         reStructuredText: the package's docstring, a table of its names, then each name.
@@ -38,7 +39,8 @@ def page(package: ModuleType) -> str:
         lines += [f".. currentmodule:: {name}", "", ".. autosummary::", "   :nosignatures:", ""]
         lines += [*(f"   {n}" for n in members), ""]
         for n, value in members.items():
-            lines += directive(n, value)
+            again = indexed.setdefault(id(value), name) != name
+            lines += directive(n, value, again)
     elif not hasattr(package, "__all__"):
         for module in modules(package):
             title = module.removeprefix(f"{name}.")
@@ -54,13 +56,20 @@ def page(package: ModuleType) -> str:
     return "\n".join(lines)
 
 
-def directive(name: str, value: object) -> list[str]:
-    """Choose the autodoc directive for one name of a package."""
+def directive(name: str, value: object, again: bool = False) -> list[str]:
+    """Choose the autodoc directive for one name of a package.
+
+    Args:
+        name: The name.
+        value: Its value.
+        again: Leave it out of the index, as another page has it.
+    """
+    index = ["   :no-index:"] if again else []
     if inspect.isclass(value):
         bases = [] if value.__bases__ == (object,) else ["   :show-inheritance:"]
-        return [f".. autoclass:: {name}", "   :members:", *bases, ""]
+        return [f".. autoclass:: {name}", "   :members:", *bases, *index, ""]
     if callable(value) and inspect.isroutine(inspect.unwrap(value)):  # a cached function too
-        return [f".. autofunction:: {name}", ""]
+        return [f".. autofunction:: {name}", *index, ""]
     return [f".. autodata:: {name}", "   :no-value:", ""]
 
 
@@ -82,10 +91,11 @@ def write_pages(app: "Sphinx") -> None:
     """Write the pages of all packages into docs/api, and remove others there."""
     folder = Path(app.srcdir) / FOLDER
     texts: dict[str, str] = {}
+    indexed: dict[int, str] = {}
     waiting = list(app.config.api_packages)
     while waiting:
         package = importlib.import_module(waiting.pop(0))
-        texts[package.__name__] = page(package)
+        texts[package.__name__] = page(package, indexed)
         waiting += packages(package)
     folder.mkdir(exist_ok=True)
     for old in folder.iterdir():
