@@ -8,6 +8,8 @@ import pytest
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "sfumato"
 FILES = sorted(SOURCE.rglob("*.py"))
 NAMES = [str(f.relative_to(SOURCE)) for f in FILES]
+PARTS = ("conditioner", "autoencoder", "network", "denoiser")
+"""Parts of a model, which have classes. transformers' models have none that is of use."""
 WHEEL_LIMIT = 12 * 2**20  # bytes: what the wheel may weigh
 PICKLERS = {
     ("torch", "save"),
@@ -24,6 +26,10 @@ def offences(text: str, *, may_print: bool = False) -> list[str]:
     tree = ast.parse(text)
     result = [] if ast.get_docstring(tree) else ["1: no docstring says what this file is"]
     for node in ast.walk(tree):
+        if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
+            name = node.arg if isinstance(node, ast.arg) else ast.unparse(node.target)
+            if name in PARTS and ast.unparse(node.annotation) == "Any":
+                result.append(f"{node.lineno}: {name} is Any: annotate it by its class or protocol")
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             defaults = [*node.args.defaults, *(d for d in node.args.kw_defaults if d is not None)]
             if any(isinstance(d, (ast.List, ast.Dict, ast.Set)) for d in defaults):
@@ -31,6 +37,10 @@ def offences(text: str, *, may_print: bool = False) -> list[str]:
         if not isinstance(node, ast.Call):
             continue
         called = node.func
+        if isinstance(called, ast.Name) and called.id in ("getattr", "hasattr") and node.args:
+            probed = ast.unparse(node.args[0]).rpartition(".")[2]
+            if probed in PARTS:
+                result.append(f"{node.lineno}: {called.id} probes {probed}: ask its class")
         if isinstance(called, ast.Name) and called.id == "print" and not may_print:
             result.append(
                 f"{node.lineno}: print belongs to the command line: use logging, or return the text"
@@ -73,6 +83,10 @@ def test_file_keeps_the_house_rules(file: Path) -> None:
         '"""d"""\ndef f(*, a={}): pass',
         '"""d"""\ntorch.save(a, b)',
         '"""d"""\ntorch.load(a)',
+        '"""d"""\ndef f(network: Any): pass',
+        '"""d"""\nclass A:\n    conditioner: Any',
+        '"""d"""\nhasattr(self.autoencoder, "space")',
+        '"""d"""\ngetattr(network, "classes", 0)',
         '"""d"""\ntorch.load(a, weights_only=False)',
     ],
 )

@@ -354,6 +354,10 @@ def import_graph(texts: Mapping[str, str]) -> dict[str, set[str]]:
     return graph
 
 
+def test_the_root_has_few_modules() -> None:
+    assert len(list(SOURCE.glob("*.py"))) <= 14
+
+
 PACKAGES = {module for module, file in FILES.items() if file.name == "__init__.py"}
 
 

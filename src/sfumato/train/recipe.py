@@ -46,7 +46,7 @@ from sfumato.predict.conditioners.base import ClassConditioner, Conditioner
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.conditioners.unconditional import Unconditional
 from sfumato.predict.denoiser import Denoiser
-from sfumato.predict.networks.base import Network, build, network_of
+from sfumato.predict.networks.base import Network, NetworkConfig, build, network_of
 from sfumato.predict.networks.unet import UNetConfig
 from sfumato.sampling import Defaults
 from sfumato.train.caption_embeddings import Captions, open_text_conditioner
@@ -161,7 +161,7 @@ class DenoiserRecipe:
     autoencoder: Path | None = None
     """Folder of a trained autoencoder, of any kind; none: out/autoencoder/vae."""
     data: DataSettings = field(default_factory=DataSettings)
-    network: Any = field(default_factory=UNetConfig)
+    network: NetworkConfig = field(default_factory=UNetConfig)
     """Config of any network, unconditional or conditioned on classes or text.
 
     Its channels become the latent's; out_channels stay twice the in_channels where they are (a

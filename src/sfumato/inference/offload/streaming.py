@@ -403,12 +403,12 @@ class _Hook:
         return self
 
 
-def _wide(network: nn.Module, dtype: torch.dtype) -> set[str]:
+def _wide(module: nn.Module, dtype: torch.dtype) -> set[str]:
     """Return the names of modules that transformers keeps in float32 beside float16.
 
     T5 has such modules, which overflow in float16.
     """
-    names = getattr(network, "_keep_in_fp32_modules", None) or ()
+    names = getattr(module, "_keep_in_fp32_modules", None) or ()
     return set(names) if dtype == torch.float16 else set()
 
 
