@@ -3,6 +3,7 @@
 Pixels outside the mask stay, bit for bit.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from helpers.images import pixels
+from helpers.processes import run_python
 from sfumato.cli import main
 from sfumato.errors import UserError
 from sfumato.images import read_parameters, to_tensor
@@ -309,3 +311,11 @@ def test_enlarging_keeps_the_composition(tiny: Path) -> None:
     assert [p.size for p in model.run(second)] == [(32, 32)] * 2
     with pytest.raises(UserError, match=r"scale=0\.5: expected a number of at least 1"):
         enlarge(model, picture, scale=0.5)
+
+
+def test_the_clock_starts_before_torch_is_imported(tmp_path: Path) -> None:
+    Image.new("L", (28, 28), 255).save(tmp_path / "white.png")
+    command = ("inpaint", "white.png", "bag", "--mask", "white.png", "--steps", "1")
+    line = run_python("-m", "sfumato", *command, cwd=tmp_path).stdout.splitlines()[-1]
+    seconds = re.search(r"\(import (\d+\.\d\d), load", line)
+    assert seconds is not None and float(seconds[1]) > 0, line

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def run_task(options: TaskOptions) -> None:
     """Run a task on an image and write the result; the command is called as its class."""
-    name = type(options).__name__.lower()
+    clock, name = Clock(), type(options).__name__.lower()
     base = check_options(options, f"{options.picture.stem}-{name}")
     image, own = read_picture(options.picture), source_parameters(options.picture)
     settings = options.settings()
@@ -40,6 +40,7 @@ def run_task(options: TaskOptions) -> None:
         base,
         own,
         lambda model, request: options.plan(model, image, request, settings),
+        clock,
     )
 
 
@@ -91,6 +92,7 @@ def run_request(
     base: Path,
     own: dict[str, Any],
     prepare: Callable[["LatentDiffusion", "Request"], "Request | Plan"],
+    clock: Clock,
     columns: int | None = None,
 ) -> None:
     """Run the plan that `prepare` makes of the options' plain request, and write its images.
@@ -101,9 +103,9 @@ def run_request(
         base: The PNG to write.
         own: The command's own settings, recorded in the PNG files.
         prepare: Model and plain request -> request or plan.
+        clock: Started with the command, before images are read.
         columns: Columns of the grid; None: square.
     """
-    clock = Clock()
     set_threads(options.threads)
     clock.lap("import")
     model = options.load_for_sampling(options.model, options.steps, options.transformer)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from sfumato.cli._options import MODELS, RunOptions, at_least, parse, recorded, refuse, unset
-from sfumato.cli._output import read_picture, slug
+from sfumato.cli._output import Clock, read_picture, slug
 from sfumato.cli._run import check_options, run_request, source_parameters
 from sfumato.errors import UserError
 
@@ -48,7 +48,7 @@ class Interpolate(RunOptions):
 
 def interpolate(arguments: Sequence[str]) -> None:
     """Generate a series of images from one prompt, seed or image to another."""
-    options = parse(Interpolate, arguments, "interpolate")
+    clock, options = Clock(), parse(Interpolate, arguments, "interpolate")
     stem = options.pictures[0].stem if options.pictures else slug(options.prompt)
     base = check_options(options, f"{stem}-interpolate")
     _check(options)
@@ -71,7 +71,7 @@ def interpolate(arguments: Sequence[str]) -> None:
         return tasks.interpolate_images(model, first, last, request, **settings)
 
     columns = options.n if options.n <= COLUMNS else None
-    run_request("interpolate", options, base, own, prepare, columns)
+    run_request("interpolate", options, base, own, prepare, clock, columns)
 
 
 def _check(options: Interpolate) -> None:
