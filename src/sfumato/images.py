@@ -2,8 +2,8 @@
 
     byte = round(127.5 * (image + 1)), limited to 0..255        image = byte / 127.5 - 1
 
-so that tensor -> picture -> tensor is the identity on the 256 levels. A PNG has two text chunks
-(PNG specification, 3rd edition, 11.3.3): `sfumato`, JSON to draw the picture again, and
+so that tensor -> image -> tensor is the identity on the 256 levels. A PNG has two text chunks
+(PNG specification, 3rd edition, 11.3.3): `sfumato`, JSON to draw the image again, and
 `parameters`, the same for people, in the layout that other image tools show.
 """
 
@@ -33,12 +33,12 @@ def to_pil(image: Float[Tensor, "B C H W"]) -> list[pil.Image]:
     """Convert pixels in [-1, 1] to PIL images: mode L for one channel, RGB for three.
 
     Raises:
-        NumericalError: For values that are not finite: a black picture would hide them.
+        NumericalError: For values that are not finite: a black image would hide them.
         UserError: For other numbers of channels.
     """
     if image.shape[1] not in (1, 3):
         raise UserError(
-            f"a picture needs 1 or 3 channels, got {image.shape[1]} in a tensor "
+            f"an image needs 1 or 3 channels, got {image.shape[1]} in a tensor "
             f"of shape {tuple(image.shape)}: decode the latent first"
         )
     bad = (~image.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
@@ -52,7 +52,7 @@ def to_pil(image: Float[Tensor, "B C H W"]) -> list[pil.Image]:
     return [pil.fromarray(a[:, :, 0] if a.shape[2] == 1 else a) for a in arrays]
 
 
-def to_tensor(picture: pil.Image | Sequence[pil.Image]) -> Float[Tensor, "B C H W"]:
+def to_tensor(image: pil.Image | Sequence[pil.Image]) -> Float[Tensor, "B C H W"]:
     """Convert PIL images of one size to pixels in [-1, 1], float32.
 
     Grey gives C = 1, everything else C = 3.
@@ -60,37 +60,37 @@ def to_tensor(picture: pil.Image | Sequence[pil.Image]) -> Float[Tensor, "B C H 
     The camera's orientation tag is applied and transparency is composited over white.
 
     Raises:
-        UserError: For no pictures, different sizes, and 16-bit or floating-point pictures, whose
+        UserError: For no images, different sizes, and 16-bit or floating-point images, whose
             white is not known.
     """
-    pictures = [picture] if isinstance(picture, pil.Image) else list(picture)
-    if not pictures:
-        raise UserError("no pictures were given: expected at least one")
-    arrays = [np.asarray(_plain(p)) for p in pictures]
+    images = [image] if isinstance(image, pil.Image) else list(image)
+    if not images:
+        raise UserError("no images were given: expected at least one")
+    arrays = [np.asarray(_plain(p)) for p in images]
     if len({a.shape for a in arrays}) > 1:
         shapes = ", ".join(sorted({str(a.shape) for a in arrays}))
         raise UserError(
-            f"pictures of one batch must have one size and one kind, got shapes {shapes}: "
+            f"images of one batch must have one size and one kind, got shapes {shapes}: "
             "resize them first"
         )
     levels = torch.from_numpy(np.stack([a if a.ndim == 3 else a[:, :, None] for a in arrays]))
     return levels.permute(0, 3, 1, 2).to(torch.float32).div(127.5).sub(1).contiguous()
 
 
-def _plain(picture: pil.Image) -> pil.Image:
-    """The picture upright, opaque, in mode L or RGB."""
-    if picture.mode.startswith(("I", "F")):
+def _plain(image: pil.Image) -> pil.Image:
+    """The image upright, opaque, in mode L or RGB."""
+    if image.mode.startswith(("I", "F")):
         raise UserError(
-            f"pictures must have 8 bits a channel, got mode {picture.mode!r}: "
+            f"images must have 8 bits a channel, got mode {image.mode!r}: "
             "convert it to L or RGB first"
         )
-    picture = ImageOps.exif_transpose(picture)
-    if picture.has_transparency_data:
-        grey = picture.mode == "LA"
-        picture = picture.convert("RGBA")
-        picture = pil.alpha_composite(pil.new("RGBA", picture.size, "white"), picture)
-        return picture.convert("L" if grey else "RGB")
-    return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        grey = image.mode == "LA"
+        image = image.convert("RGBA")
+        image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image)
+        return image.convert("L" if grey else "RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
 def composite(
@@ -140,10 +140,10 @@ def grid(images: Sequence[pil.Image], columns: int | None = None, pad: int = 2) 
         UserError: For no images, different sizes, or impossible numbers.
     """
     if not images:
-        raise UserError("a grid needs at least one picture, got none")
+        raise UserError("a grid needs at least one image, got none")
     sizes = sorted({f"{i.width}x{i.height}" for i in images})
     if len(sizes) > 1:
-        raise UserError(f"the pictures of a grid must have one size, got {', '.join(sizes)}")
+        raise UserError(f"the images of a grid must have one size, got {', '.join(sizes)}")
     whole_number("pad", pad, 0, unit="pixels")
     if columns is not None:
         positive_int("columns", columns)
@@ -164,7 +164,7 @@ def contact_sheet(rows: Sequence[Sequence[pil.Image]], pad: int = 2) -> pil.Imag
 
 
 def write_png(
-    path: str | Path, picture: pil.Image, parameters: Mapping[str, Any] | None = None
+    path: str | Path, image: pil.Image, parameters: Mapping[str, Any] | None = None
 ) -> Path:
     """Write a PNG atomically, with `parameters` (values that JSON can hold) inside."""
     chunks = PngInfo()
@@ -174,7 +174,7 @@ def write_png(
         add = chunks.add_text if readable.isascii() else chunks.add_itxt
         add("parameters", readable)
     with atomic_file(path) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=chunks)
+        image.save(temporary, format="PNG", pnginfo=chunks)
     return Path(path)
 
 
@@ -185,14 +185,14 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
         UserError: For a file without them, and other files than PNG.
     """
     try:
-        with pil.open(path) as picture:
-            if not isinstance(picture, PngImageFile):
+        with pil.open(path) as image:
+            if not isinstance(image, PngImageFile):
                 raise UserError(
-                    f"{path} is a {picture.format} picture: "
-                    "the parameters of a picture are kept in PNG files only"
+                    f"{path} is a {image.format} image: "
+                    "the parameters of an image are kept in PNG files only"
                 )
             # reads the whole file: some tools move the text behind the pixels
-            text = picture.text.get(KEY)
+            text = image.text.get(KEY)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: expected a PNG made by sfumato") from error
     except UserError:

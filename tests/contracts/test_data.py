@@ -192,7 +192,7 @@ def test_transform_refuses(bad: dict[str, Any]) -> None:
     ],
 )
 def test_arrays_that_are_no_pictures(bad: np.ndarray) -> None:
-    with pytest.raises(UserError, match="is not a picture"):
+    with pytest.raises(UserError, match="is not an image"):
         Transform().to_tensor(bad)
 
 
@@ -539,7 +539,7 @@ def test_folders_refuse(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         open_images(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no pictures"):
+    with pytest.raises(UserError, match="holds no images"):
         open_images(tmp_path / "empty")
     (tmp_path / "a.zip").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"is a \.zip file"):

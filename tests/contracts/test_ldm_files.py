@@ -331,7 +331,7 @@ def test_every_fault_of_an_unconditional_file_names_its_key() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"in_channels": 7}, "takes 7 channels and gives 3 is conditioned on a picture"),
+        ({"in_channels": 7}, "takes 7 channels and gives 3 is conditioned on an image"),
         ({"num_class_embeds": 5}, r"conditioned on a class \(label_emb\) is not supported"),
     ],
 )

@@ -895,12 +895,12 @@ DATA: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "missing folder": (
         lambda p: None,
         "nowhere",
-        "nowhere does not exist: expected fashion-mnist, a folder of pictures",
+        "nowhere does not exist: expected fashion-mnist, a folder of images",
     ),
     "empty folder": (
         lambda p: (p / "pictures").mkdir(),
         "pictures",
-        "holds no pictures (found nothing)",
+        "holds no images (found nothing)",
     ),
     "no pictures in it": (
         lambda p: (p / "pictures/a.txt", (p / "pictures").mkdir(), (p / "pictures/a.txt").touch()),

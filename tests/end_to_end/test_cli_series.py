@@ -168,7 +168,7 @@ def test_a_series_between_pictures(tiny: Path) -> None:
         run(
             "interpolate",
             "boot",
-            "--pictures",
+            "--images",
             "a.png",
             "b.png",
             "--steps",
@@ -193,7 +193,7 @@ def test_a_series_between_pictures(tiny: Path) -> None:
         "noise",
     )
     arguments = [
-        "--pictures",
+        "--images",
         "a.png",
         "b.png",
         "--steps",
@@ -291,18 +291,18 @@ def test_a_second_model_finishes(tiny: Path, tmp_path: Path) -> None:
             "this model was not trained for instructions",
         ),
         (["upscale", "a.png", "boot", "--noise-level", "2"], "this model is no upscaler"),
-        (["vary", "gone.png"], "gone.png is missing: expected a picture"),
+        (["vary", "gone.png"], "gone.png is missing: expected an image"),
         (["vary", "a.png", "--strength", "0"], "strength=0.0: expected a number in (0, 1]"),
         (
             ["vary", "a.png", "--strength", "-1", "--way", "inversion"],
             "strength=-1.0: expected a number in [0, 1]",
         ),
-        (["vary", "a.png", "--way", "magic"], "unknown way to vary a picture 'magic'"),
+        (["vary", "a.png", "--way", "magic"], "unknown way to vary an image 'magic'"),
         (["vary", "a.png", "--way", "inversion", "--sampler", "heun"], "expected ddim"),
         (["vary", "a.png", "cat", "--strength", "0.5"], "unknown class 'cat'"),
         (
             ["interpolate", "boot"],
-            "nothing to go to: give a second prompt, --to-seed or --pictures",
+            "nothing to go to: give a second prompt, --to-seed or --images",
         ),
         (["interpolate", "boot", "cat"], "unknown class 'cat'"),
         (
@@ -310,27 +310,27 @@ def test_a_second_model_finishes(tiny: Path, tmp_path: Path) -> None:
             "--n 1 is too small: expected a whole number of at least 2",
         ),
         (["interpolate", "boot", "--to-seed", "-1"], "--to-seed -1 is too small"),
-        (["interpolate", "boot", "bag", "--strength", "0.5"], "--strength 0.5 without --pictures"),
-        (["interpolate", "boot", "bag", "--way", "noise"], "--way noise without --pictures"),
+        (["interpolate", "boot", "bag", "--strength", "0.5"], "--strength 0.5 without --images"),
+        (["interpolate", "boot", "bag", "--way", "noise"], "--way noise without --images"),
         (["interpolate", "boot", "bag", "--height", "0"], "--height 0 is too small"),
-        (["interpolate", "--pictures", "a.png", "c.png"], "of the same size"),
-        (["interpolate", "--pictures", "a.png", "gone.png"], "gone.png is missing"),
+        (["interpolate", "--images", "a.png", "c.png"], "of the same size"),
+        (["interpolate", "--images", "a.png", "gone.png"], "gone.png is missing"),
         (
-            ["interpolate", "--pictures", "a.png", "b.png", "--width", "20"],
-            "--width 20 with --pictures",
+            ["interpolate", "--images", "a.png", "b.png", "--width", "20"],
+            "--width 20 with --images",
         ),
         (
-            ["interpolate", "--pictures", "a.png", "b.png", "--way", "magic"],
-            "unknown way between pictures",
+            ["interpolate", "--images", "a.png", "b.png", "--way", "magic"],
+            "unknown way between images",
         ),
         (
-            ["interpolate", "--pictures", "a.png", "b.png", "--strength", "2"],
+            ["interpolate", "--images", "a.png", "b.png", "--strength", "2"],
             "strength=2.0: expected a number in (0, 1]",
         ),
         (
             [
                 "interpolate",
-                "--pictures",
+                "--images",
                 "a.png",
                 "b.png",
                 "--way",
@@ -341,8 +341,8 @@ def test_a_second_model_finishes(tiny: Path, tmp_path: Path) -> None:
             "with --way inversion",
         ),
         (
-            ["interpolate", "--pictures", "a.png", "b.png", "--way", "inversion", "--to-seed", "5"],
-            "the noise is that of the pictures",
+            ["interpolate", "--images", "a.png", "b.png", "--way", "inversion", "--to-seed", "5"],
+            "the noise is that of the images",
         ),
     ],
 )

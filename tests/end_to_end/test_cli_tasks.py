@@ -209,13 +209,13 @@ def test_the_mask_of_a_grown_image() -> None:
     ("words", "message"),
     [
         (["inpaint", "photo.png"], "inpaint needs --mask"),
-        (["inpaint", "photo.png", "--mask", "gone.png"], "gone.png is missing: expected a picture"),
-        (["inpaint", "gone.png", "--mask", "mask.png"], "gone.png is missing: expected a picture"),
+        (["inpaint", "photo.png", "--mask", "gone.png"], "gone.png is missing: expected an image"),
+        (["inpaint", "gone.png", "--mask", "mask.png"], "gone.png is missing: expected an image"),
         (
             ["inpaint", "photo.png", "--mask", "small.png"],
             "expected floating-point numbers of shape (1, 1, 15, 21)",
         ),
-        (["inpaint", "text.png", "--mask", "mask.png"], "text.png could not be read as a picture"),
+        (["inpaint", "text.png", "--mask", "mask.png"], "text.png could not be read as an image"),
         (["edit", "photo.png", "--strength", "0"], "strength=0.0: expected a number in (0, 1]"),
         (
             ["edit", "photo.png", "--strength", "0.01"],
@@ -228,7 +228,7 @@ def test_the_mask_of_a_grown_image() -> None:
         (["outpaint", "photo.png", "--left", "-1"], "left=-1: expected a whole number of pixels"),
         (
             ["outpaint", "photo.png", "--left", "1", "--overlap", "15"],
-            "overlap=15 for a picture of 15 x 21",
+            "overlap=15 for an image of 15 x 21",
         ),
     ],
 )
@@ -263,9 +263,9 @@ def test_requests_of_tasks_share_passes_with_others(tiny: Path) -> None:
 
 def test_pictures_that_do_not_fit_the_request(tiny: Path) -> None:
     model, pixels = load(tiny), torch.zeros(3, 1, 16, 16)
-    with pytest.raises(UserError, match="3 pictures for 2 images"):
+    with pytest.raises(UserError, match="3 input images for 2 images"):
         image_to_image(model, pixels, Request(n=2))
-    with pytest.raises(UserError, match="height=32, width=None for a picture of 16 x 16"):
+    with pytest.raises(UserError, match="height=32, width=None for an image of 16 x 16"):
         image_to_image(model, pixels[:1], Request(height=32))
     with pytest.raises(UserError, match=r"a mask with values from 0 to 2"):
         inpaint(model, pixels[:1], torch.linspace(0, 2, 256).reshape(1, 1, 16, 16))

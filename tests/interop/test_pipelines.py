@@ -278,7 +278,7 @@ def test_enlarging(folders: dict[str, Path], tmp_path: Path) -> None:
     assert_same_images(pipeline_images(pipe, REQUEST.prompt, **options), expected)
     with pytest.raises(UserError, match="noise_level=1000: expected a whole number from 0 to 999"):
         upscale(model, image * 2 - 1, noise_level=1000)
-    with pytest.raises(UserError, match="was not trained to enlarge pictures"):
+    with pytest.raises(UserError, match="was not trained to enlarge images"):
         upscale(load(folders["SD 1"]), image * 2 - 1)
 
 
@@ -290,11 +290,11 @@ def test_networks_that_need_more_inputs_name_them(folders: dict[str, Path]) -> N
     for family in ("SD 1 inpainting", "InstructPix2Pix"):
         with pytest.raises(UserError, match="use the task that it was trained for"):
             image_to_image(load(folders[family]), smooth_image() * 2 - 1)
-    with pytest.raises(UserError, match="instructions need a model that takes a picture"):
+    with pytest.raises(UserError, match="instructions need a model that takes an image"):
         edit(load(folders["SD 1"]), smooth_image() * 2 - 1)
     with pytest.raises(
         UserError,
-        match="takes 4 channels beside the latent: inpainting needs none, or a mask and a picture",
+        match="takes 4 channels beside the latent: inpainting needs none, or a mask and an image",
     ):
         inpaint(load(folders["InstructPix2Pix"]), smooth_image() * 2 - 1, rectangle_mask())
 

@@ -292,7 +292,7 @@ def test_series_that_cannot_be() -> None:
     model, request = MODELS["flow"], Request("bag", n=3)
     cases: tuple[tuple[Request, dict[str, Any], str], ...] = (
         (request, {}, "nothing to go to"),
-        (replace(request, n=1), {"to_seed": 1}, "at least 2 pictures"),
+        (replace(request, n=1), {"to_seed": 1}, "at least 2 images"),
         (replace(request, prompt=["bag"] * 3), {"to_seed": 1}, "one text for the first"),
         (interpolate(request, to_seed=2), {"to_seed": 1}, "between two prompts or seeds already"),
         (request, {"to_seed": True}, "to_seed=True: expected a whole number"),
@@ -302,9 +302,9 @@ def test_series_that_cannot_be() -> None:
             interpolate(start, **way)
     with pytest.raises(UserError, match="of the same size"):
         interpolate_images(model, PICTURES[0], torch.zeros(1, 1, 16, 20), request)
-    with pytest.raises(UserError, match="the noise is that of the pictures"):
+    with pytest.raises(UserError, match="the noise is that of the images"):
         interpolate_images(model, PICTURES[0], PICTURES[1], request, way="inversion", to_seed=1)
-    with pytest.raises(UserError, match="unknown way between pictures"):
+    with pytest.raises(UserError, match="unknown way between images"):
         interpolate_images(model, PICTURES[0], PICTURES[1], request, way="magic")
     with pytest.raises(UserError, match="unknown class 'dog'"):
         model.run(interpolate(request, to_prompt="dog"))

@@ -403,7 +403,7 @@ def test_neighbour_picture_shows_the_copied_image() -> None:
     samples = uniform(30, 1, 16, 16, seed=4)
     samples[7] = train[33]
     report = evaluate_samples(samples, None, train, test, toy_features())
-    picture = torch.from_numpy(np.array(Image.open(io.BytesIO(report.pictures[2].png))))
+    picture = torch.from_numpy(np.array(Image.open(io.BytesIO(report.figures[2].png))))
     # a copy is the nearest, so it comes first
     assert torch.equal(picture[:64, :64], picture[66:130, :64])
     expected = (

@@ -215,7 +215,7 @@ class TaskOptions(RunOptions):
     """Name of the function."""
     defaults: ClassVar[dict[str, Any]] = {}
 
-    picture: tyro.conf.Positional[Path]
+    image: tyro.conf.Positional[Path]
     """Image to begin with (PNG, JPEG, WebP ...)."""
     prompt: tyro.conf.Positional[Annotated[str | None, unset("no prompt")]] = None
     """Prompt, or the name of a class."""

@@ -34,7 +34,7 @@ def target(out: Path | None, name: str) -> Path:
         return out / f"{name}.png"
     if out.suffix.lower() not in ("", ".png"):
         raise UserError(
-            f"--out {out} ends in {out.suffix}: pictures are written as PNG, "
+            f"--out {out} ends in {out.suffix}: images are written as PNG, "
             f"which keeps parameters; name it {out.with_suffix('.png')}"
         )
     parent = next((p for p in out.absolute().parents if p.exists()), Path("/"))
@@ -105,7 +105,7 @@ def write_images(
     ]
 
 
-def read_picture(path: Path) -> "Image":
+def read_image(path: Path) -> "Image":
     """Read an image file.
 
     Raises:
@@ -118,11 +118,11 @@ def read_picture(path: Path) -> "Image":
             image.load()
             return image
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: expected a picture there") from error
+        raise UserError(f"{path} is missing: expected an image there") from error
     # UnidentifiedImageError is an OSError
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UserError(
-            f"{path} could not be read as a picture ({error}): "
+            f"{path} could not be read as an image ({error}): "
             "it may be truncated; copy or download it again"
         ) from error
 

@@ -9,7 +9,7 @@ from sfumato.cli._options import RunOptions, TaskOptions, at_least, recorded
 from sfumato.cli._output import (
     Clock,
     provenance,
-    read_picture,
+    read_image,
     sampling_progress,
     target,
     write_images,
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 def run_task(options: TaskOptions) -> None:
     """Run a task on an image and write the result; the command is called as its class."""
     clock, name = Clock(), type(options).__name__.lower()
-    base = check_options(options, f"{options.picture.stem}-{name}")
-    image, own = read_picture(options.picture), source_parameters(options.picture)
+    base = check_options(options, f"{options.image.stem}-{name}")
+    image, own = read_image(options.image), source_parameters(options.image)
     settings = options.settings()
     for key, value in settings.items():
         if isinstance(value, Path):
-            own[key], settings[key] = str(value), read_picture(value)
+            own[key], settings[key] = str(value), read_image(value)
         elif isinstance(value, tuple):  # of paths
             own |= {key: list(map(str, value))} if value else {}
-            settings[key] = [read_picture(path) for path in value]
+            settings[key] = [read_image(path) for path in value]
         else:
             own[key] = value
     run_request(
@@ -63,11 +63,11 @@ def check_options(options: RunOptions, name: str) -> Path:
     return target(options.out, name)
 
 
-def source_parameters(picture: Path) -> dict[str, Any]:
+def source_parameters(image: Path) -> dict[str, Any]:
     """Parameters of a PNG about the image that it was made from."""
     from sfumato.io.atomic import hash_bytes
 
-    return {"picture": str(picture), "picture_hash": hash_bytes(picture.read_bytes())}
+    return {"picture": str(image), "picture_hash": hash_bytes(image.read_bytes())}
 
 
 def set_threads(threads: int | None, previous: Any = None) -> None:
@@ -139,4 +139,4 @@ def report_written(written: list[Path], images: list[Any], clock: Clock) -> None
     clock.lap("write")
     for path in written:
         print(path)
-    print(f"{len(images)} picture{'s' if len(images) > 1 else ''} in {clock}")
+    print(f"{len(images)} image{'s' if len(images) > 1 else ''} in {clock}")

@@ -48,14 +48,14 @@ class Edit(TaskOptions):
         kind, strength = kind_of_edit(model), settings.pop("strength")
         if kind is not None:
             reason = ": this model follows instructions, from pure noise"
-            refuse(self, f"{reason}; --image-guidance keeps to the picture", "strength")
+            refuse(self, f"{reason}; --image-guidance keeps to the image", "strength")
             if kind == "reference":
                 refuse(self, ": this model has one scale, --guidance", "image_guidance")
             return tasks.edit(model, image, request, **settings)
         if self.also:
             raise UserError(
-                f"--also {self.also[0]}: this model takes no pictures beside the prompt; "
-                "give one picture, with which it begins"
+                f"--also {self.also[0]}: this model takes no images beside the prompt; "
+                "give one image, with which it begins"
             )
         reason = ": this model was not trained for instructions"
         refuse(self, f"{reason}; --strength sets how much is drawn anew", "image_guidance")

@@ -278,9 +278,9 @@ def _renamed(report: "Report", prefix: str) -> "Report":
         report,
         metrics=tuple(replace(m, name=f"{prefix}_{m.name}") for m in report.metrics),
         tables=tuple(replace(t, title=f"{t.title} ({prefix})") for t in report.tables),
-        pictures=tuple(
+        figures=tuple(
             replace(p, title=f"{p.title} ({prefix})")
-            for p in report.pictures
+            for p in report.figures
             if p.title != "Real images"
         ),
         data={f"{prefix}_{k}" if k == "samples" else k: value for k, value in report.data.items()},

@@ -173,7 +173,7 @@ def _check_same_model(
     if model.hash != made_with:
         raise UserError(
             f"{options.source} was made by {role} {previous[role]!r} with hash {made_with[:12]}, "
-            f"but {getattr(options, role)!r} has hash {model.hash[:12]}: the picture would differ; "
+            f"but {getattr(options, role)!r} has hash {model.hash[:12]}: the image would differ; "
             f"name the right model with --{role}, or add --allow-other-model"
         )
 
@@ -221,7 +221,7 @@ def _recorded_options(previous: dict[str, Any], source: Path) -> Generate:
     if "task" in previous:
         raise UserError(
             f"{source} was made by `sfumato {previous['task']}` from {previous.get('picture')!r}: "
-            "run that command with the same picture and seed"
+            "run that command with the same image and seed"
         )
     for name, kind in {**REQUIRED, **LATER, **OPTIONAL}.items():
         value = previous.get(name)
@@ -234,7 +234,7 @@ def _recorded_options(previous: dict[str, Any], source: Path) -> Generate:
             )
     index, n = previous.get("index"), previous["n"]
     if index is not None and (not isinstance(index, int) or not 0 <= index < n):
-        raise UserError(f"the parameters in {source} name picture {index!r} of {n}: {changed}")
+        raise UserError(f"the parameters in {source} name image {index!r} of {n}: {changed}")
     values = {k: previous[k] for k in (*REQUIRED, *LATER, *OPTIONAL) if k in previous}
     values["guidance"] = json.dumps(values["guidance"])
     values["timesteps"] = tuple(values.get("timesteps") or ())
@@ -287,6 +287,6 @@ def _check(options: Generate) -> None:
         refuse(options, reason, "variation_seed")
     elif not 0 <= strength <= 1:
         raise UserError(
-            f"--variation-strength {strength}: expected a number from 0, the picture of --seed, "
+            f"--variation-strength {strength}: expected a number from 0, the image of --seed, "
             "to 1, others"
         )

@@ -28,5 +28,5 @@ def inpaint(arguments: Sequence[str]) -> None:
     """Draw the white part of a mask anew; the other pixels of the image stay as they are."""
     options = parse(Inpaint, arguments, "inpaint")
     if options.mask is None:
-        raise UserError("inpaint needs --mask PICTURE: white is drawn anew, black stays")
+        raise UserError("inpaint needs --mask IMAGE: white is drawn anew, black stays")
     run_task(options)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from sfumato.cli._options import MODELS, RunOptions, at_least, parse, recorded, refuse, unset
-from sfumato.cli._output import Clock, read_picture, slug
+from sfumato.cli._output import Clock, read_image, slug
 from sfumato.cli._run import check_options, run_request, source_parameters
 from sfumato.errors import UserError
 
@@ -30,12 +30,12 @@ class Interpolate(RunOptions):
     """Prompt of the last image."""
     to_seed: Annotated[int | None, unset("the same")] = None
     """Seed of the last image; that of the first is --seed."""
-    pictures: Annotated[tuple[Path, Path] | None, unset("none")] = None
+    images: Annotated[tuple[Path, Path] | None, unset("none")] = None
     """Two images of one size, the ends of the series."""
     strength: Annotated[float | None, unset("0.6")] = None
-    """With --pictures: share of the steps to run, in (0, 1]."""
+    """With --images: share of the steps to run, in (0, 1]."""
     way: Annotated[str | None, unset("noise")] = None
-    """With --pictures: noise (added to both) or inversion (the noise of both by ddim)."""
+    """With --images: noise (added to both) or inversion (the noise of both by ddim)."""
     n: int = 8
     """Number of images, with both ends."""
     height: Annotated[int | None, unset(MODELS)] = None
@@ -49,15 +49,15 @@ class Interpolate(RunOptions):
 def interpolate(arguments: Sequence[str]) -> None:
     """Generate a series of images from one prompt, seed or image to another."""
     clock, options = Clock(), parse(Interpolate, arguments, "interpolate")
-    stem = options.pictures[0].stem if options.pictures else slug(options.prompt)
+    stem = options.images[0].stem if options.images else slug(options.prompt)
     base = check_options(options, f"{stem}-interpolate")
     _check(options)
     ends = recorded(options, ("to_prompt", "to_seed"))
     own: dict[str, Any] = dict(ends)
-    images = [read_picture(path) for path in options.pictures or ()]
+    images = [read_image(path) for path in options.images or ()]
     way, strength = options.way or "noise", 0.6 if options.strength is None else options.strength
-    if options.pictures:
-        first, second = (source_parameters(path) for path in options.pictures)
+    if options.images:
+        first, second = (source_parameters(path) for path in options.images)
         own |= {**first, **{f"to_{name}": value for name, value in second.items()}, "way": way}
         own |= {} if way == "inversion" else {"strength": strength}
 
@@ -79,14 +79,14 @@ def _check(options: Interpolate) -> None:
     at_least(options, 2, "n")
     at_least(options, 1, "height", "width")
     at_least(options, 0, "to_seed")
-    if options.pictures is None:
-        reason = " without --pictures: it is for a series between pictures"
+    if options.images is None:
+        reason = " without --images: it is for a series between images"
         refuse(options, reason, "strength", "way")
         if options.to_prompt is None and options.to_seed is None:
             raise UserError(
-                "nothing to go to: give a second prompt, --to-seed or --pictures FIRST SECOND"
+                "nothing to go to: give a second prompt, --to-seed or --images FIRST SECOND"
             )
         return
-    refuse(options, " with --pictures: the series has their size", "height", "width")
+    refuse(options, " with --images: the series has their size", "height", "width")
     if options.way == "inversion":
         refuse(options, " with --way inversion: all steps are run; leave it away", "strength")

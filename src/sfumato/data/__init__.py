@@ -1,7 +1,7 @@
 """Data: images from IDX files, folders, tables and the Hub, and caches of their latents.
 
     open_images("fashion-mnist") -> ImageSet -> cache_latents(images, encode, ...) -> LatentSet
-    open_buckets("pictures", side=256, step=32) -> BucketedImages, an ImageSet a bucket
+    open_buckets("images", side=256, step=32) -> BucketedImages, an ImageSet a bucket
 
 The sets return `batch(indices)`. The indices (shuffling, held-out images, resume) are drawn by the
 training loop.

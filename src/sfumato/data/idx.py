@@ -123,7 +123,7 @@ def list_idx(folder: Path, split: str, name: str, limit: int | None) -> Listing:
                 f"{paths[1]} has a label {top}, expected 0..{len(classes) - 1}: "
                 "it is damaged, or not Fashion-MNIST"
             )
-    picture_name = partial("image {1} of {0}".format, paths[0])
+    image_name = partial("image {1} of {0}".format, paths[0])
     labels = labels.astype(np.int64)
-    listing = Listing(name, pixels, picture_name, labels, classes)  # lengths checked before limit
-    return replace(listing, pictures=pixels[:limit], labels=labels[:limit])
+    listing = Listing(name, pixels, image_name, labels, classes)  # lengths checked before limit
+    return replace(listing, images=pixels[:limit], labels=labels[:limit])

@@ -32,7 +32,7 @@ def list_folder(path: Path, split: str, limit: int | None, on_error: str) -> Lis
     if not files and not metadata:
         suffixes = ", ".join(sorted({p.suffix for p in root.rglob("*") if p.is_file()}))
         raise UserError(
-            f"{root} holds no pictures (found {suffixes or 'nothing'}): "
+            f"{root} holds no images (found {suffixes or 'nothing'}): "
             "expected files such as .png, .jpg or .webp"
         )
     skipped: list[tuple[str, str]] = []
@@ -41,8 +41,8 @@ def list_folder(path: Path, split: str, limit: int | None, on_error: str) -> Lis
     files = files[:limit]
     labels, classes = _classes(root, files, strict=not metadata)
     captions = [metadata[f.relative_to(root).as_posix()] for f in files] if metadata else None
-    name, picture_name = path.resolve().name, tuple(map(str, files)).__getitem__
-    return Listing(name, tuple(files), picture_name, labels, classes, captions, tuple(skipped))
+    name, image_name = path.resolve().name, tuple(map(str, files)).__getitem__
+    return Listing(name, tuple(files), image_name, labels, classes, captions, tuple(skipped))
 
 
 def _split_folder(path: Path, split: str) -> Path:
@@ -81,7 +81,7 @@ def _classes(
     if None in folders:
         if strict and names:
             raise UserError(
-                f"{root} has pictures both directly in it and in subfolders "
+                f"{root} has images both directly in it and in subfolders "
                 f"({', '.join(names[:5])}): "
                 "move all of them into class subfolders, or open one subfolder"
             )
@@ -122,7 +122,7 @@ def _read_metadata(root: Path) -> dict[str, str]:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
         reason = f"{path} cannot be read ({error})"
-        raise UserError(f"{reason}: expected one row a picture with file_name and text") from error
+        raise UserError(f"{reason}: expected one row an image with file_name and text") from error
     captions: dict[str, str] = {}
     for number, row in enumerate(rows, 1):
         column = next(

@@ -53,8 +53,8 @@ class Listing:
 
     Attributes:
         name: Of the source.
-        pictures: N images.
-        picture_name: Index -> name of that image in a message. It can be pickled, and so can the
+        images: N images.
+        image_name: Index -> name of that image in a message. It can be pickled, and so can the
             `ImageSet`.
         labels: N class numbers, -1 where an image has none; None for a source without classes.
         class_names: Name of class 0, 1, ...; empty when there are none.
@@ -66,8 +66,8 @@ class Listing:
     """
 
     name: str
-    pictures: RawImages
-    picture_name: Callable[[int], str]
+    images: RawImages
+    image_name: Callable[[int], str]
     labels: Sequence[int] | np.ndarray | None = None
     class_names: tuple[str, ...] = ()
     captions: Sequence[str] | None = None
@@ -75,19 +75,19 @@ class Listing:
 
     def __post_init__(self) -> None:
         for name, values in (("labels", self.labels), ("captions", self.captions)):
-            if values is not None and len(values) != len(self.pictures):
+            if values is not None and len(values) != len(self.images):
                 raise UserError(
-                    f"{self.name} has {len(self.pictures)} images but {len(values)} {name}: "
+                    f"{self.name} has {len(self.images)} images but {len(values)} {name}: "
                     "there must be one each, so a file is incomplete"
                 )
 
     def part(self, rows: Sequence[int]) -> "Listing":
         """The images with these indices, in this order; the classes stay those of all."""
-        rows, images = list(rows), self.pictures
+        rows, images = list(rows), self.images
         return replace(
             self,
-            pictures=images[rows] if isinstance(images, np.ndarray) else _Part(images, rows),
-            picture_name=tuple(map(self.picture_name, rows)).__getitem__,
+            images=images[rows] if isinstance(images, np.ndarray) else _Part(images, rows),
+            image_name=tuple(map(self.image_name, rows)).__getitem__,
             labels=None if self.labels is None else np.asarray(self.labels)[rows],
             captions=None if self.captions is None else [self.captions[i] for i in rows],
         )
@@ -97,14 +97,14 @@ class Listing:
 class _Part:
     """Some of the images of a source."""
 
-    pictures: RawImages
+    images: RawImages
     rows: list[int]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int, /) -> RawImage:
-        return self.pictures[self.rows[index]]
+        return self.images[self.rows[index]]
 
 
 class _Memory:
@@ -138,9 +138,9 @@ class _OnDemand:
 
     def _one(self, row: int) -> np.ndarray:
         index = self.rows[row]
-        name = self.listing.picture_name(index)
+        name = self.listing.image_name(index)
         try:
-            pixels = decode(self.listing.pictures[index])
+            pixels = decode(self.listing.images[index])
         except UserError as error:
             reason = f"{name} can no longer be read ({error})"
             raise UserError(f"{reason}: open the images again") from error
@@ -307,8 +307,8 @@ def build(listing: Listing, transform: Transform, on_error: OnError) -> ImageSet
         if checked[i].shape[1:] != (height, width):
             raise UserError(
                 f"the images of {listing.name} differ in size "
-                f"({listing.picture_name(good[0])} is {height}x{width}, "
-                f"{listing.picture_name(i)} is {by(checked[i].shape[1:])}): "
+                f"({listing.image_name(good[0])} is {height}x{width}, "
+                f"{listing.image_name(i)} is {by(checked[i].shape[1:])}): "
                 f"give one size, for example size={min(height, width)}"
             )
     return _sets(listing, checked, [(good, transform)], skipped)[0]
@@ -346,7 +346,7 @@ def _check(
 ) -> tuple[list[_Checked], list[int], Skipped]:
     """Every image, decoded once; the indices of the good ones, at least one; all left out."""
     checked = _decode_all(listing, transform_of, on_error)
-    bad = ((listing.picture_name(i), c.reason) for i, c in enumerate(checked) if c.reason)
+    bad = ((listing.image_name(i), c.reason) for i, c in enumerate(checked) if c.reason)
     skipped = [*listing.skipped, *bad]
     for name, reason in skipped:
         logger.warning("left out %s: %s", name, reason)
@@ -394,23 +394,23 @@ def _decode_all(
 ) -> list[_Checked]:
     def one(index: int) -> _Checked:
         try:
-            decoded = decode(listing.pictures[index])
+            decoded = decode(listing.images[index])
             pixels = transform_of((decoded.shape[0], decoded.shape[1])).fit(decoded)
             return _Checked(pixels, digest(decoded), pixels.shape)
         except UserError as error:
             return _Checked(None, None, (), str(error))
 
     checked: list[_Checked] = []
-    room, keep, count = MEMORY_LIMIT, True, len(listing.pictures)
+    room, keep, count = MEMORY_LIMIT, True, len(listing.images)
     # nothing to decode: handing a tiny array to a thread costs more than resizing it
-    small = isinstance(listing.pictures, np.ndarray)
+    small = isinstance(listing.images, np.ndarray)
     with ThreadPoolExecutor(_workers()) as pool:
         run = map if small else pool.map
         # a chunk at a time: decoded images must not pile up
         for start in range(0, count, 64):
             for result in run(one, range(start, min(start + 64, count))):
                 if result.reason and on_error == "raise":
-                    name = listing.picture_name(len(checked))
+                    name = listing.image_name(len(checked))
                     raise UserError(
                         f"{name} cannot be read as an image ({result.reason}): "
                         "replace or remove it, or open with on_error='skip' to leave it out"

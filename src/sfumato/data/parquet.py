@@ -37,7 +37,7 @@ class Rows:
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if not value:
-            raise UserError("the row has no picture")
+            raise UserError("the row has no image")
         return value
 
 

@@ -54,7 +54,7 @@ def open_images(
 
 def image_set(listing: Listing, transform: Transform, on_error: OnError) -> ImageSet:
     """The images of a listing, verified; an array that needs no resizing is shared."""
-    images = listing.pictures
+    images = listing.images
     if isinstance(images, np.ndarray) and transform.sides in (None, images.shape[1:]):
         return from_array(listing, images, transform)
     return build(listing, transform, on_error)
@@ -91,13 +91,13 @@ def _list(source: str | Path, split: str, on_error: OnError, limit: int | None) 
     if not path.exists():
         raise UserError(
             f"{name} does not exist: "
-            "expected fashion-mnist, a folder of pictures, a .parquet file or hf:NAME"
+            "expected fashion-mnist, a folder of images, a .parquet file or hf:NAME"
         )
     if path.is_file():
         if path.suffix != ".parquet":
             raise UserError(
                 f"{name} is a {path.suffix or 'plain'} file: "
-                "expected a .parquet file, or the folder that holds the pictures"
+                "expected a .parquet file, or the folder that holds the images"
             )
         return parquet.list_parquet(path, split, limit)
     if idx.has_idx(path):

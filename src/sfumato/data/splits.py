@@ -82,7 +82,7 @@ def open_first(
         return image_set(listing.part(rows[:count]), Transform(size, channels), "raise")
 
     def whole(listing: Listing) -> ImageSet:
-        return first(listing, range(len(listing.pictures)))
+        return first(listing, range(len(listing.images)))
 
     try:
         held_out = open_with(whole, source, test)
@@ -92,7 +92,7 @@ def open_first(
         reason = error
 
         def both(listing: Listing) -> tuple[ImageSet, ImageSet]:
-            training, held_out = split(len(listing.pictures), share, reason)
+            training, held_out = split(len(listing.images), share, reason)
             return first(listing, training.tolist()), first(listing, held_out.tolist())
 
         return open_with(both, source, train)

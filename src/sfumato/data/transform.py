@@ -169,14 +169,14 @@ def _decode_array(array: np.ndarray) -> np.ndarray:
     channels = array.shape[2] if array.ndim == 3 else 1
     if array.ndim not in (2, 3) or channels not in (1, 3, 4) or array.size == 0:
         raise UserError(
-            f"an array of shape {array.shape} is not a picture: "
+            f"an array of shape {array.shape} is not an image: "
             "expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
         )
     if array.dtype == np.uint16:
         array = _from_sixteen_bit(array)
     if array.dtype != np.uint8:
         raise UserError(
-            f"an array of {array.dtype} is not a picture: "
+            f"an array of {array.dtype} is not an image: "
             "expected uint8 (0..255) or uint16 (0..65535)"
         )
     return _to_eight_bit(Image.fromarray(array)) if channels == 4 else array

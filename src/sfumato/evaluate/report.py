@@ -60,7 +60,7 @@ class Report:
         data: Fingerprint of each set of images.
         settings: n, seed, k, and the caller's own: steps, sampler, guidance ...
         tables: Small tables, such as one row a class.
-        pictures: Figures of the page.
+        figures: Figures of the page.
     """
 
     title: str
@@ -69,7 +69,7 @@ class Report:
     data: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     tables: tuple[Rows, ...] = ()
-    pictures: tuple[Figure, ...] = ()
+    figures: tuple[Figure, ...] = ()
 
     def __getitem__(self, name: str) -> Metric:
         """Return the metric of a name; `KeyError` lists the names."""
@@ -88,7 +88,7 @@ class Report:
             data={**other.data, **self.data},
             settings={**other.settings, **self.settings},
             tables=self.tables + other.tables,
-            pictures=self.pictures + other.pictures,
+            figures=self.figures + other.figures,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def _page(report: Report) -> str:
         "which is what a perfect model would score.</p>",
         _html_table(("metric", "value", "floor", "better", "what"), rows),
     ]
-    for figure in report.pictures:
+    for figure in report.figures:
         data, name = base64.b64encode(figure.png).decode(), html.escape(figure.title)
         alt, caption = html.escape(figure.title, quote=True), html.escape(figure.caption)
         image = f"<img alt='{alt}' src='data:image/png;base64,{data}'>"

@@ -55,7 +55,7 @@ class Attention(nn.Module):
         return self.to_out[0](batch_invariant.attention(q, k, v, self.heads, mask), plus=plus)
 
 
-class PictureAttention(nn.Module):
+class ImageTokenAttention(nn.Module):
     """Attention of image tokens and the tokens behind them, such as a text's.
 
     `find` is the one call to the kernel, which perturbed attention replaces.
@@ -67,13 +67,14 @@ class PictureAttention(nn.Module):
         k: Float[Tensor, "B S H d"],
         v: Float[Tensor, "B S H d"],
         mask: Bool[Tensor, "B S"] | None,
-        picture: int,
+        num_image_tokens: int,
     ) -> Float[Tensor, "B N D"]:
         """Attend, see `batch_invariant.attend`.
 
-        The first `picture` queries and keys are image tokens; plain attention ignores this.
+        The first `num_image_tokens` queries and keys are image tokens. Plain attention ignores
+        this.
         """
-        del picture
+        del num_image_tokens
         return batch_invariant.attend(q, k, v, mask)
 
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from sfumato.kernels import batch_invariant
 from sfumato.nn import rope
-from sfumato.nn.attention import Attention, FeedForward, PictureAttention
+from sfumato.nn.attention import Attention, FeedForward, ImageTokenAttention
 from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
 
 
-def with_picture(mask: Bool[Tensor, "B L"] | None, count: int) -> Bool[Tensor, "B S"] | None:
+def with_image_tokens(mask: Bool[Tensor, "B L"] | None, count: int) -> Bool[Tensor, "B S"] | None:
     """Prepend `count` True entries, for image tokens, to a mask of text tokens."""
     return None if mask is None else torch.cat([mask.new_ones(len(mask), count), mask], dim=1)
 
@@ -66,12 +66,12 @@ class NormedAttention(Attention):
         return self.to_out[0](batch_invariant.attend(*self.heads_of(x)))
 
 
-class JointAttention(NormedAttention, PictureAttention):
+class JointAttention(NormedAttention, ImageTokenAttention):
     """Joint attention of image tokens x (B, N, D) and text tokens (B, L, D).
 
     `forward` returns (B, N, D) and (B, L, D). Its `mask` (B, N + L) is True for keys to attend to,
-    image tokens first. `rotations` (N + L, d, 2) are the angles of RoPE. `picture` is the number of
-    the N tokens that are image tokens (default: all), where others are of reference images.
+    image tokens first. `rotations` (N + L, d, 2) are the angles of RoPE. The first
+    `num_image_tokens` of the N tokens (default: all) are of the image, others of reference images.
 
     In the last block (`last`) the text's output is unused: None is returned for it. Checkpoints
     still hold its query projection.
@@ -105,7 +105,7 @@ class JointAttention(NormedAttention, PictureAttention):
         text: Float[Tensor, "B L D"],
         mask: Bool[Tensor, "B S"] | None = None,
         rotations: Float[Tensor, "S d 2"] | None = None,
-        picture: int | None = None,
+        num_image_tokens: int | None = None,
     ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B L D"] | None]:
         """Attend among all tokens of both streams."""
         count = x.shape[1]
@@ -117,7 +117,7 @@ class JointAttention(NormedAttention, PictureAttention):
         v = torch.cat([v, self.cut(self.add_v_proj(text))], dim=1)
         if rotations is not None:
             q, k = rope.rotate(q, rotations[: q.shape[1]]), rope.rotate(k, rotations)
-        y = self.find(q, k, v, mask, count if picture is None else picture)
+        y = self.find(q, k, v, mask, count if num_image_tokens is None else num_image_tokens)
         of_text = None if self.to_add_out is None else self.to_add_out(y[:, count:])
         return self.to_out[0](y[:, :count]), of_text
 

@@ -44,8 +44,8 @@ def resize_request(
     height, width = pixels.shape[2:]
     if (request.height or height, request.width or width) != (height, width):
         raise UserError(
-            f"height={request.height}, width={request.width} for a picture of {height} x {width}: "
-            "resize the picture first"
+            f"height={request.height}, width={request.width} for an image of {height} x {width}: "
+            "resize the image first"
         )
     check_count(pixels, request.count)
     return pixels, replace(request, height=height, width=width)
@@ -54,7 +54,9 @@ def resize_request(
 def check_count(pixels: Tensor, count: int) -> None:
     """Raise `UserError` unless there is one image, or one for each of the request's."""
     if len(pixels) not in (1, count):
-        raise UserError(f"{len(pixels)} pictures for {count} images: expected one, or one an image")
+        raise UserError(
+            f"{len(pixels)} input images for {count} images: expected one, or one an image"
+        )
 
 
 def mask_pixels(
@@ -74,7 +76,7 @@ def mask_pixels(
     fits = mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2:] == pixels.shape[2:]
     if not fits or not mask.is_floating_point():
         raise UserError(
-            f"a mask of shape {tuple(mask.shape)} and type {mask.dtype} for a picture of shape "
+            f"a mask of shape {tuple(mask.shape)} and type {mask.dtype} for an image of shape "
             f"{tuple(pixels.shape)}: expected floating-point numbers of shape "
             f"(1, 1, {pixels.shape[2]}, {pixels.shape[3]}), 1 is drawn anew"
         )
@@ -119,7 +121,7 @@ def last_steps(times: Sequence[float], strength: float) -> Sequence[float]:
     Raises:
         UserError: For a strength outside of (0, 1], or of less than one step.
     """
-    hint = "near 0 keeps the picture, 1 next to nothing of it"
+    hint = "near 0 keeps the image, 1 next to nothing of it"
     number_in("strength", strength, above=0, at_most=1, hint=hint)
     steps = len(times) - 1
     count = int(steps * strength + 1e-9)

@@ -76,13 +76,13 @@ def edit(
     if kind == "reference":
         return _edit_by_reference(model, (image, *also), request or Request(), largest)
     if also:
-        raise UserError(f"{1 + len(also)} pictures: this model takes one")
+        raise UserError(f"{1 + len(also)} images: this model takes one")
     pixels, request = resize_request(model, image, request)
     if kind is None:
         channels = model.autoencoder.space.channels
         raise channels_error(
             model,
-            f"instructions need a model that takes a picture ({channels}); "
+            f"instructions need a model that takes an image ({channels}); "
             "image_to_image edits with any other",
         )
     number_in("image_guidance", image_guidance, at_least=0, hint="1 is off")
@@ -109,7 +109,7 @@ def _edit_by_reference(
     """A plan with the images' latents as reference images."""
     limit = model.defaults.max_reference_images
     if len(images) > limit:
-        raise UserError(f"{len(images)} pictures: this model takes {limit}")
+        raise UserError(f"{len(images)} images: this model takes {limit}")
     positive_int("largest", largest, "pixels", f"{LARGEST} is usual")
     references = [_fit_tokens(model, model.pixels(image), largest) for image in images]
     for pixels in references:

@@ -62,7 +62,7 @@ def inpaint(
     mask, extra, space = mask_pixels(pixels, mask), extra_channels(model), model.autoencoder.space
     by_cell, by_pixel = 1 + space.channels, space.channels + space.factor**2
     if extra not in (0, by_cell, by_pixel):
-        needs = f"inpainting needs none, or a mask and a picture ({by_cell} or {by_pixel})"
+        needs = f"inpainting needs none, or a mask and an image ({by_cell} or {by_pixel})"
         raise channels_error(model, needs)
     if noise_only_start and (extra or strength < 1):
         raise UserError(

@@ -78,11 +78,11 @@ def interpolate_images(
     Raises:
         UserError: For images, a way, a strength or a network that does not fit.
     """
-    one_of("way between pictures", way, WAYS)
+    one_of("way between images", way, WAYS)
     (start, sized), (end, _) = (resize_request(model, image, request) for image in (first, second))
     if start.shape != end.shape or len(start) != 1:
         raise UserError(
-            f"pictures of shapes {tuple(start.shape)} and {tuple(end.shape)}: "
+            f"images of shapes {tuple(start.shape)} and {tuple(end.shape)}: "
             "expected one at each end, of the same size"
         )
     mixed = _mix_ends(sized, to_prompt, to_seed)
@@ -98,7 +98,7 @@ def interpolate_images(
         )
     if to_seed is not None:
         raise UserError(
-            f"to_seed={to_seed} with way 'inversion': the noise is that of the pictures; "
+            f"to_seed={to_seed} with way 'inversion': the noise is that of the images; "
             "expected None"
         )
     plan = model.plan(invertible_request(model, mixed))
@@ -115,7 +115,7 @@ def _mix_ends(request: Request, to_prompt: str | None, to_seed: int | None) -> R
     n, several = request.n, not isinstance(request.prompt, str | None)
     if not isinstance(n, int) or n < 2 or several:
         raise UserError(
-            f"n={n!r}, prompt={request.prompt!r}: expected at least 2 pictures, "
+            f"n={n!r}, prompt={request.prompt!r}: expected at least 2 images, "
             "and one text for the first"
         )
     if request.noise_mix is not None or request.prompt_mix is not None:

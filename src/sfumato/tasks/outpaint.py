@@ -54,7 +54,7 @@ def outpaint(
     pixels = model.pixels(image)
     if overlap >= min(pixels.shape[2:]):
         raise UserError(
-            f"overlap={overlap} for a picture of {pixels.shape[2]} x {pixels.shape[3]}: "
+            f"overlap={overlap} for an image of {pixels.shape[2]} x {pixels.shape[3]}: "
             "expected less than its sides"
         )
     wide = F.pad(pixels, (left, right, top, bottom), mode="replicate")

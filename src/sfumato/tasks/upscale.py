@@ -43,7 +43,7 @@ def upscale(
     levels = network_of(model).classes
     if process is None or extra_channels(model) != pixels.shape[1] or not levels:
         raise UserError(
-            "this model was not trained to enlarge pictures: "
+            "this model was not trained to enlarge images: "
             "expected one such as Stable Diffusion's x4 upscaler"
         )
     whole_number("noise_level", noise_level, 0, levels - 1)
@@ -51,7 +51,7 @@ def upscale(
     height, width = (side * space.factor for side in pixels.shape[2:])
     if (request.height or height, request.width or width) != (height, width):
         raise UserError(
-            f"height={request.height}, width={request.width}: a picture of {pixels.shape[2]} x "
+            f"height={request.height}, width={request.width}: an image of {pixels.shape[2]} x "
             f"{pixels.shape[3]} becomes {height} x {width}"
         )
     if request.noise_mix is not None:

@@ -74,7 +74,7 @@ def variations(
     Raises:
         UserError: For a way, a strength or a network that does not fit.
     """
-    if one_of("way to vary a picture", way, WAYS) == "noise":
+    if one_of("way to vary an image", way, WAYS) == "noise":
         return image_to_image(model, image, request, strength=strength)
     _check_strength(strength)
     pixels, request = resize_request(model, image, request)
@@ -106,4 +106,4 @@ def invertible_request(model: LatentDiffusion, request: Request) -> Request:
 
 
 def _check_strength(strength: float) -> None:
-    number_in("strength", strength, 0, 1, hint="0 is the same picture, 1 another one")
+    number_in("strength", strength, 0, 1, hint="0 is the same image, 1 another one")

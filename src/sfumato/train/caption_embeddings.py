@@ -39,7 +39,7 @@ class Captions:
 
     def __init__(self, conditioner: Conditioner, captions: Sequence[str], batch_size: int = 64):
         if not captions:
-            raise UserError("no captions: expected one a picture")
+            raise UserError("no captions: expected one an image")
         texts = list(dict.fromkeys(["", *captions]))  # the empty prompt is row 0
         starts = range(0, len(texts), batch_size)
         parts = [conditioner(texts[start : start + batch_size]) for start in starts]

@@ -147,7 +147,7 @@ class LdmUnconditional(_LdmImages):
         if inputs != channels:
             raise UserError(
                 f"{where}: a U-Net without tokens that takes {inputs} channels and gives {channels}"
-                " is conditioned on a picture (inpainting, super-resolution): that is not supported"
+                " is conditioned on an image (inpainting, super-resolution): that is not supported"
             )
         return self.name
 

@@ -234,7 +234,7 @@ def _text(section: Mapping[str, Any] | str | None) -> dict[str, dict[str, Any]]:
         return {}
     if isinstance(section, str):
         raise UserError(
-            f"cond_stage_config {section!r} (conditioned on a picture) is not supported: "
+            f"cond_stage_config {section!r} (conditioned on an image) is not supported: "
             f"expected a conditioner or {_UNCONDITIONAL!r}"
         )
     name, params = str(section["target"]).removeprefix(_ENCODERS), section.get("params") or {}

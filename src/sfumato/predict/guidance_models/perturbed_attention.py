@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.kernels import batch_invariant
-from sfumato.nn.attention import Attention, PictureAttention, SpatialAttention, TransformerBlock
+from sfumato.nn.attention import Attention, ImageTokenAttention, SpatialAttention, TransformerBlock
 from sfumato.nn.mmdit import NormedAttention
 from sfumato.predict.guidance_models._layer_replacement import ReplacedLayers
 
@@ -54,30 +54,30 @@ class IdentitySpatialAttention(IdentityAttention):
 
 
 def attend_to_itself_and_others(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, picture: int
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, num_image_tokens: int
 ) -> Tensor:
     """Attend from each image token to itself and to all tokens that are not the image's.
 
     In the attention map the block of the image is the identity before the softmax: minus infinity
-    off the diagonal. It replaces `PictureAttention.find`.
+    off the diagonal. It replaces `ImageTokenAttention.find`.
 
     Args:
         q: (B, N, H, d), the image's tokens first.
         k: (B, M, H, d).
         v: (B, M, H, d).
         mask: (B, M), True where a key counts; None: everywhere.
-        picture: Number of the image's tokens.
+        num_image_tokens: Number of the image's tokens.
 
     Returns:
         (B, N, H d).
     """
     # Image by image: the scores are many, and their bits do not depend on the batch.
-    masks = [None] * len(q) if mask is None else mask[:, picture:]
-    images = zip(q[:, :picture], k, v, masks, strict=True)
+    masks = [None] * len(q) if mask is None else mask[:, num_image_tokens:]
+    images = zip(q[:, :num_image_tokens], k, v, masks, strict=True)
     image = torch.stack([_attend_one_image(*parts) for parts in images])
-    if q.shape[1] == picture:
+    if q.shape[1] == num_image_tokens:
         return image
-    return torch.cat([image, batch_invariant.attend(q[:, picture:], k, v, mask)], dim=1)
+    return torch.cat([image, batch_invariant.attend(q[:, num_image_tokens:], k, v, mask)], dim=1)
 
 
 def _attend_one_image(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -100,7 +100,7 @@ def _attend_one_image(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> T
     return out.transpose(0, 1).flatten(1).to(q.dtype)
 
 
-def _perturbed(attention: PictureAttention) -> PictureAttention:
+def _perturbed(attention: ImageTokenAttention) -> ImageTokenAttention:
     """Return another module with the same layers and a perturbed map."""
     perturbed = copy.copy(attention)
     perturbed.__dict__["find"] = attend_to_itself_and_others
@@ -120,7 +120,7 @@ def self_attentions(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in network.named_modules():
         if isinstance(module, SpatialAttention):
             yield name, IdentitySpatialAttention(module)
-        elif isinstance(module, PictureAttention):
+        elif isinstance(module, ImageTokenAttention):
             yield name, _perturbed(module)
         elif isinstance(module, NormedAttention) or (
             name.rpartition(".")[2] == "attn1" and name not in crossing

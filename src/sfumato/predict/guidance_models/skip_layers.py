@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sfumato.nn.attention import (
     Attention,
     Branch,
-    PictureAttention,
+    ImageTokenAttention,
     SpatialAttention,
     SpatialTransformer,
     TransformerBlock,
@@ -87,7 +87,7 @@ def branches(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, Identity(module.conv_shortcut)
         elif isinstance(module, JointAttention):
             yield name, ZeroStreams()
-        elif isinstance(module, Attention | PictureAttention | Branch):
+        elif isinstance(module, Attention | ImageTokenAttention | Branch):
             yield name, ZeroBranch()
 
 

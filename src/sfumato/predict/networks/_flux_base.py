@@ -19,9 +19,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sfumato.errors import UserError
-from sfumato.nn.attention import PictureAttention, by_rows
+from sfumato.nn.attention import ImageTokenAttention, by_rows
 from sfumato.nn.embeddings import from_patches, padded, patches
-from sfumato.nn.mmdit import JointAttention, with_picture
+from sfumato.nn.mmdit import JointAttention, with_image_tokens
 from sfumato.nn.modulation import Modulation, gated, modulated
 from sfumato.nn.rope import angles, grid, rotate
 from sfumato.predict.networks.base import Network, TransformerConfig
@@ -184,7 +184,7 @@ class DoubleBlock(nn.Module):
         return by_rows(mlp, [x], *modulation)
 
 
-class RotaryAttention(PictureAttention):
+class RotaryAttention(ImageTokenAttention):
     """Attention with rotary positions, and norms of queries and keys.
 
     Subclasses make the layers.
@@ -264,7 +264,7 @@ class FluxBase(Network):
         # (B, N + references, D)
         img = self.x_embedder(torch.cat(tokens, 1) if len(tokens) > 1 else tokens[0])
         txt = self.context_embedder(text)  # (B, L, D)
-        mask = with_picture(cond.mask, img.shape[1])
+        mask = with_image_tokens(cond.mask, img.shape[1])
 
         # blocks
         count = tokens[0].shape[1]

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from sfumato.errors import UserError
 from sfumato.kernels import batch_invariant
-from sfumato.nn.attention import FeedForward, PictureAttention
+from sfumato.nn.attention import FeedForward, ImageTokenAttention
 from sfumato.nn.embeddings import PatchEmbed, TimestepEmbedding, padded, sincos_2d
-from sfumato.nn.mmdit import with_picture
+from sfumato.nn.mmdit import with_image_tokens
 from sfumato.nn.modulation import Modulation, RMSNorm, gated, modulated
 from sfumato.nn.rope import angles, grid, rotate
 from sfumato.predict.networks._patch_transformer import PatchNetwork
@@ -93,7 +93,7 @@ class ModernDiTConfig(TransformerConfig):
         return max(8, round(self.ffn_ratio * self.width / 8) * 8)
 
 
-class _Attention(PictureAttention):
+class _Attention(ImageTokenAttention):
     """Self-attention of all tokens with QK-norm, and rotary positions where tokens have one."""
 
     def __init__(self, config: ModernDiTConfig):
@@ -263,7 +263,7 @@ class ModernDiT(PatchNetwork):
             parts.append(self.registers.to(x.dtype).expand(len(x), -1, -1))
         if self.config.caption_channels:
             parts.append(self.caption_projection(self.caption_norm(cond.tokens)))
-            mask = with_picture(cond.mask, x.shape[1] + self.config.register_tokens)
+            mask = with_image_tokens(cond.mask, x.shape[1] + self.config.register_tokens)
         return torch.cat(parts, dim=1) if parts else x[:, :0], mask
 
     @property

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sfumato.errors import UserError
 from sfumato.kernels import batch_invariant
 from sfumato.nn.embeddings import PatchEmbed, TimeEmbedding, padded, sincos_2d
-from sfumato.nn.mmdit import JointBlock, with_picture
+from sfumato.nn.mmdit import JointBlock, with_image_tokens
 from sfumato.nn.modulation import Modulation, modulated
 from sfumato.predict.networks._patch_transformer import PatchNetwork, zero_init
 from sfumato.predict.networks.base import SINUSOIDAL_WIDTH, TransformerConfig
@@ -201,7 +201,7 @@ class SD3(PatchNetwork):
         txt = self.context_embedder(tokens)  # (B, L, D)
 
         # blocks
-        mask = with_picture(cond.mask, img.shape[1])
+        mask = with_image_tokens(cond.mask, img.shape[1])
         for block, residual in zip(
             self.transformer_blocks, self._residuals(cond, img.shape), strict=True
         ):

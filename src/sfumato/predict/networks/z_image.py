@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from sfumato.errors import UserError
 from sfumato.kernels import batch_invariant
 from sfumato.nn import rope
-from sfumato.nn.attention import Attention, Branch, PictureAttention, by_rows
+from sfumato.nn.attention import Attention, Branch, ImageTokenAttention, by_rows
 from sfumato.nn.embeddings import padded, sinusoidal, unpatched
 from sfumato.nn.modulation import RMSNorm, gated, modulated
 from sfumato.predict.networks._flux_base import clamp_fp16
@@ -267,7 +267,7 @@ class RotaryAttention(Attention):
         return batch_invariant.attend(q, k, v)
 
 
-class ImageAttention(RotaryAttention, PictureAttention):
+class ImageAttention(RotaryAttention, ImageTokenAttention):
     """Rotary attention whose first `count` tokens are an image's, which can be perturbed."""
 
     def attend(
@@ -277,7 +277,7 @@ class ImageAttention(RotaryAttention, PictureAttention):
         v: Float[Tensor, "B S H d"],
         count: int,
     ) -> Float[Tensor, "B S D"]:
-        """Attend in each head by `PictureAttention.find`."""
+        """Attend in each head by `ImageTokenAttention.find`."""
         return self.find(q, k, v, None, count)
 
 
