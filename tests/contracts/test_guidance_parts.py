@@ -17,6 +17,7 @@ from sfumato.predict.denoiser import evaluate_calls
 from sfumato.predict.guidance.guide import guide
 from sfumato.predict.guidance.moment import Moment
 from sfumato.predict.guidance.settings import Guidance
+from sfumato.predict.guidance.weights import Weight
 from sfumato.predict.guidance_models import ALIASES
 from sfumato.registry import find, names
 from sfumato.types import Conditioning, Prediction
@@ -360,7 +361,7 @@ def test_references_are_evaluated_where_they_count_and_nowhere_else(rule: Any, w
     assert times == expected
 
 
-class Sometimes:
+class Sometimes(Weight):
     """w = 1 for the second image, as of a weight that depends on predictions."""
 
     def active(self, moment: Moment) -> bool:
