@@ -211,6 +211,12 @@ def offences(
         if top != "sfumato":
             continue
         inner = target.removeprefix("sfumato").removeprefix(".")
+        home, _, private = inner.partition("._")
+        if private and not within(module, home):
+            result.append(
+                f"{line}: {target} is private to sfumato.{home}: import it there alone, "
+                "or take the underscore from its name"
+            )
         # The nearest zone decides: `diffuse` may be imported by a file that may import `diffuse`,
         # and a zone knows itself.
         if not any(within(inner, allowed) for allowed in (zone, *LAW[zone])):
@@ -263,6 +269,7 @@ AVAILABLE = {
     "compress",
     "compress.kl",
     "model",
+    "predict.networks._flux_base",
     "types",
 }
 
@@ -276,6 +283,8 @@ AVAILABLE = {
         ("compress.kl", "from sfumato import diffuse"),
         ("compress.kl", "from ..diffuse import process"),
         ("compress.kl", "def f():\n    from sfumato.diffuse.process import Process"),
+        ("tasks.edit", "import sfumato.predict.conditioners._text_base"),
+        ("tasks.edit", "def f():\n    from sfumato.predict.networks import _flux_base"),
         ("compress.kl", "if TYPE_CHECKING:\n    from sfumato.diffuse.process import Process"),
         ("compress.kl", "find('diffuse.samplers', 'ddim')"),
         ("compress.kl", "registry.names('diffuse.samplers')"),
