@@ -111,7 +111,7 @@ def test_other_captions_are_other_data() -> None:
     retrained = Letters()
     retrained.tensors = lambda: {"scale": torch.tensor([1.0, 2.0, 0.25])}
     assert Captions(retrained, ["a", "b"]).identity() != one
-    with pytest.raises(UserError, match="no captions: expected one a picture"):
+    with pytest.raises(UserError, match="no captions: expected one an image"):
         Captions(Letters(), [])
 
 
