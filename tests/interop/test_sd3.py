@@ -495,7 +495,7 @@ def test_perturbed_attention_is_attention_under_a_map(
             .flatten(2)
         )
 
-    monkeypatch.setattr(network.get_submodule(name), "find", seen)
+    monkeypatch.setattr(network.get_submodule(name), "attend_heads", seen)
     assert_close(result, network.get_submodule(name)(x, text, mask)[0])
 
 

@@ -58,10 +58,10 @@ class Attention(nn.Module):
 class ImageTokenAttention(nn.Module):
     """Attention of image tokens and the tokens behind them, such as a text's.
 
-    `find` is the one call to the kernel, which perturbed attention replaces.
+    `attend_heads` is the one call to the kernel, which perturbed attention replaces.
     """
 
-    def find(
+    def attend_heads(
         self,
         q: Float[Tensor, "B N H d"],
         k: Float[Tensor, "B S H d"],

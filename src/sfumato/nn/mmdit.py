@@ -117,7 +117,9 @@ class JointAttention(NormedAttention, ImageTokenAttention):
         v = torch.cat([v, self.cut(self.add_v_proj(text))], dim=1)
         if rotations is not None:
             q, k = rope.rotate(q, rotations[: q.shape[1]]), rope.rotate(k, rotations)
-        y = self.find(q, k, v, mask, count if num_image_tokens is None else num_image_tokens)
+        y = self.attend_heads(
+            q, k, v, mask, count if num_image_tokens is None else num_image_tokens
+        )
         of_text = None if self.to_add_out is None else self.to_add_out(y[:, count:])
         return self.to_out[0](y[:, :count]), of_text
 

@@ -59,7 +59,7 @@ def attend_to_itself_and_others(
     """Attend from each image token to itself and to all tokens that are not the image's.
 
     In the attention map the block of the image is the identity before the softmax: minus infinity
-    off the diagonal. It replaces `ImageTokenAttention.find`.
+    off the diagonal. It replaces `ImageTokenAttention.attend_heads`.
 
     Args:
         q: (B, N, H, d), the image's tokens first.
@@ -103,7 +103,7 @@ def _attend_one_image(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> T
 def _perturbed(attention: ImageTokenAttention) -> ImageTokenAttention:
     """Return another module with the same layers and a perturbed map."""
     perturbed = copy.copy(attention)
-    perturbed.__dict__["find"] = attend_to_itself_and_others
+    perturbed.__dict__["attend_heads"] = attend_to_itself_and_others
     return perturbed
 
 

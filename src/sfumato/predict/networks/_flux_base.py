@@ -203,7 +203,9 @@ class RotaryAttention(ImageTokenAttention):
     ) -> Float[Tensor, "B S D"]:
         """Attend with projected queries, keys and values of all tokens, `count` of an image."""
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in qkv)  # (B, S, H, d)
-        return self.find(rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope), v, mask, count)
+        return self.attend_heads(
+            rotate(self.norm_q(q), rope), rotate(self.norm_k(k), rope), v, mask, count
+        )
 
 
 # ---- the network ---------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ class _Attention(ImageTokenAttention):
         q, k = self.norm_q(q), self.norm_k(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        return self.to_out(self.find(q, k, v, mask, count))
+        return self.to_out(self.attend_heads(q, k, v, mask, count))
 
 
 class _Block(nn.Module):

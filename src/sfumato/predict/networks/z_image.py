@@ -277,8 +277,8 @@ class ImageAttention(RotaryAttention, ImageTokenAttention):
         v: Float[Tensor, "B S H d"],
         count: int,
     ) -> Float[Tensor, "B S D"]:
-        """Attend in each head by `ImageTokenAttention.find`."""
-        return self.find(q, k, v, None, count)
+        """Attend in each head by `ImageTokenAttention.attend_heads`."""
+        return self.attend_heads(q, k, v, None, count)
 
 
 class FeedForward(Branch):
