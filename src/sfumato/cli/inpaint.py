@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from sfumato.cli._options import TaskOptions, parse, unset
+import tyro
+
+from sfumato.cli._options import TaskOptions, parse
 from sfumato.cli._run import run_task
 from sfumato.errors import UserError
 
@@ -16,7 +18,7 @@ class Inpaint(TaskOptions):
 
     task = "inpaint"
 
-    mask: Annotated[Path | None, unset("required")] = None
+    mask: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(required)")] = None
     """Image of the same size: white is drawn anew, black stays, grey is blended."""
     strength: float = 1.0
     """Share of the steps to run, in (0, 1]. Below 1 the start is the image under the mask."""
