@@ -193,7 +193,7 @@ def cells(
         f"{numbers['seconds']:.1f}",
         f"{numbers['busy']:.1f}",
         f"{numbers['peak'] / 1e9:.2f}",
-        f"{numbers['peak'] / first[0]['peak']:.2f}",
+        f"{numbers['peak'] / first[0]['peak']:.2f}" if first[0]["peak"] else "-",  # a small image
         f"{float(error.max()):.1e}",
         f"{float(error.mean()):.1e}",
         f"{10 * math.log10(peak**2 / square):.1f}" if square else "same",
