@@ -149,7 +149,7 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> LatentDiffusion:
     if network.parameterization not in (None, target):
         raise UserError(
             f"{scheduler} is of a process with target {target!r}, and a {type(network).__name__} "
-            f"answers {network.parameterization!r}: put a scheduler of its kind there, "
+            f"predicts {network.parameterization!r}: put a scheduler of its kind there, "
             "such as FlowMatchEulerDiscreteScheduler"
         )
     assert checkpoint.conditioner is not None

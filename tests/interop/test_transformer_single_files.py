@@ -866,6 +866,6 @@ def test_a_sit_draws_with_a_folder(tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
         match=r"scheduler_config\.json is of a process with target 'eps', and a SiTTransformer "
-        r"answers 'flow'",
+        r"predicts 'flow'",
     ):
         sfumato.load(tmp_path / "folder")

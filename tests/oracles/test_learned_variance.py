@@ -292,7 +292,7 @@ def test_channels_that_are_neither_are_refused() -> None:
     assert float(loss) == pytest.approx(float(plain), rel=1e-6)
     for maps in (1, 3):
         with pytest.raises(
-            UserError, match=f"answers {2 + maps} channels for latents of 2: expected 2, or twice"
+            UserError, match=f"returns {2 + maps} channels for latents of 2: expected 2, or twice"
         ):
             one_loss(objective(Maps(maps), process_of("cosine"), DenoiserLoss()))
 

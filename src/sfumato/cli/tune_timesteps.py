@@ -72,8 +72,8 @@ def tune_timesteps(arguments: Sequence[str]) -> None:
     set_threads(options.threads)
     if options.out is None and options.model in bundled():
         raise UserError(
-            f"{options.model!r} is the bundled model: say ./{options.model} for the folder of that "
-            "name, or add --out FOLDER"
+            f"{options.model!r} is the bundled model: write ./{options.model} for the folder of "
+            "that name, or add --out FOLDER"
         )
     model = load(options.model)
     if options.out is not None:

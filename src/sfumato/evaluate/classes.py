@@ -1,7 +1,7 @@
 """Classes: agreement of samples with requested classes, and evenness without a request.
 
-    accuracy  = share of samples to which the classifier gives the requested label (CAS's cheap
-              cousin; arXiv:1905.10887)
+    accuracy  = share of samples to which the classifier gives the requested label; the
+                classification accuracy score (arXiv:1905.10887) trains on samples instead
     deviation = max over classes of |count - n/K| / (n/K), in %
 
 The classifier's own accuracy on real images is the ceiling of the first, and is reported beside it.

@@ -266,7 +266,7 @@ def _measure_dim(network: Callable[[Tensor], Tensor], spec: str, device: str) ->
     if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != 2:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise UserError(
-            f"features {spec!r} answer {shape} for images (2, 3, 64, 64): "
+            f"features {spec!r} return {shape} for images (2, 3, 64, 64): "
             "expected (2, D); pool over pixels first"
         )
     return output.shape[1]

@@ -1,7 +1,6 @@
 """Checks of the inputs: images (N, C, H, W) in [0, 1], features and labels.
 
-A metric over images that are secretly in [-1, 1], contain a NaN or are too few is worse than no
-metric.
+Images in [-1, 1], a NaN and too few images raise an error, since a metric would hide them.
 """
 
 import math

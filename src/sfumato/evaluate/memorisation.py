@@ -6,8 +6,8 @@
     closer_share = share of samples with d(s) below the 1 % quantile of d(held-out)
                  about 1 % for such a model, towards 100 % for copies
 
-Held-out real images are as near to the training set as an honest sample can be expected to be: this
-is the "data-copying" comparison of Meehan et al. 2020, arXiv:2004.05675, section 2, on
+Held-out real images have the distances to the training set that a model without copies would have.
+This is the "data-copying" comparison of Meehan et al. 2020, arXiv:2004.05675, section 2, on
 nearest-neighbour distances.
 """
 

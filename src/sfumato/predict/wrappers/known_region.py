@@ -8,7 +8,7 @@ the mask m is 1, the model's elsewhere,
 every sampler keeps the known part of x_t at alpha_t z + sigma_t noise and ends there at z (LCM
 nearly: its boundary condition blends x in). "Replacement" does the same by hand at each step
 (Song et al. 2021, arXiv:2011.13456, appendix I.2; RePaint, Lugmayr et al. 2022, arXiv:2201.09865,
-eq. 8), without a word in the sampler.
+eq. 8); here samplers need no change.
 
 It is not conditioning (Ho et al. 2022, arXiv:2204.03458, section 3.1; Trippe et al. 2022,
 arXiv:2206.04119, on "replacement"): the model's input has the known part in x_t only, as noisy as

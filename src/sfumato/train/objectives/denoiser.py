@@ -189,7 +189,7 @@ class DenoiserObjective(Objective):
         y = networks["denoiser"](self.process.network_input(x, t), timestep, condition).float()
         if y.shape[1] not in (channels := x.shape[1], 2 * channels):
             raise UserError(
-                f"the network answers {y.shape[1]} channels for latents of {channels}: "
+                f"the network returns {y.shape[1]} channels for latents of {channels}: "
                 f"expected {channels}, or twice as many"
             )
         y, variance = y[:, :channels], y[:, channels:]
