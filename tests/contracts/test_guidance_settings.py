@@ -173,8 +173,8 @@ def test_every_number_comes_back_to_the_last_bit(
     ):
         assert again == result
         weight, combine, (reference,) = again.parts()
-        assert (weight.scale, weight.low, weight.high, combine.phi, list(reference.layers)) == (
-            scale,
+        assert (again.scale, weight.scale) == (scale, max(scale, 1)), "scales below 1 are off"
+        assert (weight.low, weight.high, combine.phi, list(reference.layers)) == (
             low,
             high,
             phi,
@@ -183,9 +183,9 @@ def test_every_number_comes_back_to_the_last_bit(
 
 
 BAD: list[tuple[Any, str]] = [
-    (float("nan"), "guidance=nan: expected a number of at least 0; 1 is off"),
-    (float("inf"), "guidance=inf: expected a number of at least 0; 1 is off"),
-    (-0.5, "guidance=-0.5: expected a number of at least 0; 1 is off"),
+    (float("nan"), "guidance=nan: expected a number of at least 0; 0 to 1 is off"),
+    (float("inf"), "guidance=inf: expected a number of at least 0; 0 to 1 is off"),
+    (-0.5, "guidance=-0.5: expected a number of at least 0; 0 to 1 is off"),
     ("-1", "guidance=-1.0: expected a number of at least 0"),
     ("nan", "guidance=nan: expected a number"),
     (True, "guidance=True: expected a number"),
@@ -247,6 +247,16 @@ BAD: list[tuple[Any, str]] = [
     (
         "2 condition perturbed_attention",
         "guidance linear with the baseline condition perturbed_attention: it takes 1",
+    ),
+    ("0 plus_plus", "guidance 0 plus_plus: expected a scale above 0, the share of the prompt"),
+    (
+        "3 ramp:first=-1",
+        "guidance ramp first=-1 of the scale 3 makes the weight -1: expected one above 0",
+    ),
+    ("2 ramp:last=-1,first=-1", "ramp first=-1 of the scale 2 makes the weight 0: expected"),
+    (
+        "2 dual:kind=away,second=-1 condition model",
+        "guidance dual second=-1.0: expected a number of at least 0; 0 to 1 is off",
     ),
     ("0.5 plus_plus interval", "guidance plus_plus with the weight interval: expected constant"),
     ({}, "expected a scale"),
@@ -342,7 +352,7 @@ def test_the_evaluated_denoisers() -> None:
     assert (
         evaluated_by("2", one) == [1, 2]
         and evaluated_by("1", one) == [1]
-        and evaluated_by("0", one) == [1, 2]
+        and evaluated_by("0", one) == [1]
     )
     assert evaluated_by("2 interval:low=0.6", one) == [1] and evaluated_by(
         "2 interval:low=0.4", one
@@ -391,11 +401,52 @@ def test_nothing_is_guided_by_its_own_condition(line: str) -> None:
     assert evaluated_by(line, vector(1.0)) == [1]
 
 
+BELOW_ONE = [
+    *(f"{scale} {rule}" for scale in (0, 0.5) for rule in ("linear", "rescale", "zero_star")),
+    "0 project:momentum=-0.5",
+    "0 interval:low=0,high=1",
+    "0.9 ramp:first=-5",
+    "0 adaptive",
+    "0 perturbed_attention",
+    "0.5 dual:second=1 condition condition",
+    "0 dual:kind=away,second=0 condition condition",
+    "0.2 dual:kind=sum,second=0 condition condition",
+]
+
+
+@pytest.mark.parametrize("line", BELOW_ONE)
+def test_a_scale_from_0_to_1_is_off_under_every_part(line: str) -> None:
+    """One call, of the condition alone, as in diffusers for every scale up to 1."""
+    assert Guidance.parse(line).off and evaluated_by(line, vector(2.0)) == [1]
+    assert Guidance.parse(str(Guidance.parse(line))) == Guidance.parse(line)
+
+
+def guided_at_a_half(line: str, reference: Conditioning) -> Tensor:
+    x = torch.zeros(2, 1, 2, 2)
+    denoise = build(Guidance.parse(line), toy([]), vector(1.0), reference, lambda t: (1 - t, t))
+    return drive(denoise(x, 0.5), evaluate_calls).x0
+
+
+def test_scales_below_one_where_another_scale_acts() -> None:
+    """The first scale is off, so that the second acts as at a first scale of 1."""
+    for second in ("kind=chain,second=2", "kind=away,second=3"):
+        parts = f"dual:{second} condition condition"
+        low, one = (guided_at_a_half(f"{s} {parts}", vector(3.0)) for s in (0, 1))
+        assert torch.equal(low, one)
+    share = [guided_at_a_half(f"{s} plus_plus", vector(3.0)) for s in (0.25, 1)]
+    assert not torch.equal(*share), "a share of the condition below 1 is a scale of its own"
+    parts = "ramp:first=-0.5,last=-0.5"  # named in so many words, a weight of 1/2 is one
+    half = guided_at_a_half(f"2 {parts}", vector(3.0))
+    ends = [guided_at_a_half("1", vector(v)) for v in (1.0, 3.0)]
+    reference = guided_at_a_half("3", vector(3.0))
+    assert torch.allclose(ends[0] + (ends[0] - half) * 4, reference), "w is 1/2 there"
+
+
 def test_off_and_consistent() -> None:
     assert (
         Guidance.parse(1).off
         and Guidance.parse("1 ramp").off
-        and not Guidance.parse("0").off
+        and Guidance.parse("0").off
         and not Guidance.parse("1 plus_plus").off
     )
     assert (

@@ -274,16 +274,20 @@ def test_samplers(each: LatentDiffusion) -> None:
 
 
 def test_guidance_is_the_line_through_two_predictions(model: LatentDiffusion) -> None:
-    """One step ends at the guided x0, which is reference + w (conditional - reference)."""
+    """One step ends at the guided x0, which is reference + w (conditional - reference).
+
+    w is at least 1: scales below it are off.
+    """
     free, bag, boot = (
         model.predict(SeededNoise(LATENT, [7])(), 1.0, prompt).x0
         for prompt in (None, "bag", "ankle boot")
     )
     for weight in (0.0, 0.5, 1.0, 3.0):
-        assert near(
-            latents(model, "bag", steps=1, guidance=weight, seed=7), free + weight * (bag - free)
-        )
-        if weight != 1:  # there is no moving away then, and a negative prompt is refused
+        result = latents(model, "bag", steps=1, guidance=weight, seed=7)
+        assert near(result, free + max(weight, 1) * (bag - free))
+        if weight <= 1:
+            assert torch.equal(result, latents(model, "bag", steps=1, guidance=1, seed=7))
+        else:  # there is no moving away at 1 and below, and a negative prompt is refused
             result = latents(
                 model, "bag", steps=1, guidance=weight, seed=7, negative_prompt="ankle boot"
             )
@@ -293,6 +297,8 @@ def test_guidance_is_the_line_through_two_predictions(model: LatentDiffusion) ->
 def test_guidance_costs_a_second_pass_only_where_it_acts(model: LatentDiffusion) -> None:
     for options, size in (
         ({"guidance": 1.0}, 2),
+        ({"guidance": 0.0}, 2),
+        ({"guidance": 0.5, "negative_prompt": " "}, 2),
         ({"guidance": 2.0}, 4),
         ({"guidance": 2.0, "negative_prompt": "ankle boot"}, 4),
         ({"guidance": 2.0, "negative_prompt": "bag"}, 2),
@@ -313,7 +319,7 @@ def test_guidance_costs_a_second_pass_only_where_it_acts(model: LatentDiffusion)
 @pytest.mark.parametrize("guidance", [float("nan"), float("inf"), -0.5])
 def test_guidance_must_be_a_number(model: LatentDiffusion, guidance: float) -> None:
     with pytest.raises(
-        UserError, match=f"guidance={guidance}: expected a number of at least 0; 1 is off"
+        UserError, match=f"guidance={guidance}: expected a number of at least 0; 0 to 1 is off"
     ):
         model.generate(guidance=guidance)
 

@@ -86,6 +86,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"negative_prompt": "bagg"}, "unknown class 'bagg': did you mean 'bag'"),
     ({"negative_prompt": ["bag"] * 2}, "2 prompts for 1 images"),
     ({"negative_prompt": "bag", "guidance": 1.0}, "nothing is moved away from it"),
+    ({"negative_prompt": "bag", "guidance": 0}, "negative prompt 'bag' with guidance 0: nothing"),
+    ({"negative_prompt": "bag", "guidance": 0.5}, "raise the guidance above 1, or leave"),
+    ({"negative_prompt": [None, "bag"], "n": 2, "guidance": "0 ramp"}, "nothing is moved away"),
+    (
+        {"negative_prompt": "bag", "guidance": "3 perturbed_attention"},
+        "its baseline perturbed_attention keeps the prompt, so that nothing is moved away",
+    ),
     ({"negative_prompt_2": "bag", "guidance": 1.0}, "nothing is moved away from it"),
     ({"prompt_2": "bag"}, "no second text encoder"),
     ({"negative_prompt_2": "bag"}, "no second text encoder"),

@@ -68,7 +68,7 @@ def labelled(folder: Path, labels: Any = None) -> Path:
 def same(model: Any, pipe: Any, **options: Any) -> None:
     """With and without guidance, and by the model's defaults."""
     prompts, classes = ["tench", "Carassius auratus", "7", "517"], [0, 1, 7, 517]
-    for guidance in (4.0, 1.0, 1.5):
+    for guidance in (4.0, 1.0, 0.0, 1.5):
         expected = pipeline_images(pipe, classes, guidance_scale=guidance, num_inference_steps=5)
         result = model.generate(prompts, guidance=guidance, steps=5, output="tensor")
         assert expected.shape == (4, 3, 16, 16) and (expected[0] - expected[1]).abs().max() > 0.05

@@ -249,6 +249,26 @@ def test_learned_guidance_and_a_second_pass(folders: dict[str, Path]) -> None:
     assert (plain - twice).abs().max() > 0.01
 
 
+def test_guidance_of_0(folders: dict[str, Path]) -> None:
+    """Off for schnell, whose card says guidance_scale=0; an input of dev's network like any other.
+
+    A true_cfg_scale up to 1 is off, whatever the negative prompt.
+    """
+    pipe, model = open_pipeline(folders["schnell"]), load(folders["schnell"])
+    options: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 0.0, **SIZE}
+    words: dict[str, Any] = {"negative_prompt": ["a dog"] * 2, "true_cfg_scale": 0.5}
+    expected = pictures(pipe, **options, **words, **FEW)
+    for scale in (0, 0.5):
+        compare(model.generate(PROMPTS, steps=2, guidance=scale, output="tensor", **SIZE), expected)
+    pipe, model = open_pipeline(folders["dev"]), load(folders["dev"])
+    compare(
+        model.generate(PROMPTS, steps=2, guidance=0, output="tensor", **SIZE),
+        pictures(pipe, **options),
+    )
+    with pytest.raises(UserError, match="negative prompt 'a dog' with distilled guidance 0 alone"):
+        model.generate(PROMPTS, guidance=0, negative_prompt="a dog", **SIZE)
+
+
 def test_schnell_by_two_passes(folders: dict[str, Path]) -> None:
     pipe, model = open_pipeline(folders["schnell"]), load(folders["schnell"])
     words: dict[str, Any] = {"negative_prompt": ["ugly", "a dog"]}

@@ -103,6 +103,30 @@ def test_folders_of_diffusers_open(family: str, folders: dict[str, Path]) -> Non
     )
 
 
+@pytest.mark.parametrize("family", ["SD 1", "SDXL"])
+def test_guidance_up_to_1_draws_the_prompt(family: str, folders: dict[str, Path]) -> None:
+    """Distilled models are run with guidance_scale=0: the prompt, one call a step.
+
+    diffusers ignores a negative prompt then, which is refused here.
+    """
+    model, pipe = load(folders[family]), open_pipeline(folders[family], FAMILIES[family][0])
+    options: dict[str, Any] = {"steps": 2, "sampler": "ddim", "spacing": "leading:offset=1"}
+    for scale in (0.0, 0.5, 1.0):
+        expected = pipeline_images(
+            pipe,
+            ["a red cat"],
+            negative_prompt=["a dog"],
+            guidance_scale=scale,
+            num_inference_steps=2,
+        )
+        result = model.generate("a red cat", guidance=scale, output="tensor", **options)
+        assert_same_images(result, expected)
+        with pytest.raises(UserError, match=r"negative prompt 'a dog' with guidance .* above 1"):
+            model.generate("a red cat", guidance=scale, negative_prompt="a dog", **options)
+    guided = model.generate("a red cat", guidance=2.0, output="tensor", **options)
+    assert (guided - result).abs().max() > 0.01, "guidance shows"
+
+
 @pytest.mark.parametrize("family", TEXT_TO_IMAGE)
 def test_saved_folders_open_in_diffusers(
     family: str, folders: dict[str, Path], tmp_path: Path

@@ -772,9 +772,11 @@ def test_text_to_image(shift: float, size: tuple[int, int], folders: dict[float,
         "trailing",
     )
     where: dict[str, Any] = {"height": size[0], "width": size[1]}
+    off = model.generate(WORDS, steps=4, guidance=0, output="tensor", **where)
     for scale in (0.0, 4.0):
         result = model.generate(WORDS, steps=4, guidance=1 + scale, output="tensor", **where)
         compare(result, images(pipe, num_inference_steps=4, guidance_scale=scale, **where))
+        assert torch.equal(off, result) == (scale == 0), "0 is off here and there"
     assert torch.equal(
         result[1:],
         model.generate(WORDS[1], steps=4, guidance=5.0, seed=1, output="tensor", **where),

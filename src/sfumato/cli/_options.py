@@ -131,7 +131,7 @@ class RunOptions:
     spacing: Annotated[str | None, unset(MODELS)] = None
     """Spacing of the timesteps: trailing, karras, karras:rho=5, tuned ..."""
     guidance: Annotated[str | None, unset(MODELS)] = None
-    """Guidance scale, 1 is off, or as "3 interval:low=0.2" (list: docs/reference/guidance.md)."""
+    """Guidance scale, 0 to 1 is off, or as "3 ramp" (list: docs/reference/guidance.md)."""
     distilled_guidance: Annotated[float | None, unset(MODELS)] = None
     """Guidance scale of guidance-distilled models (FLUX.1 dev); --guidance NUMBER sets it too."""
     negative_prompt: Annotated[str | None, unset("none")] = None

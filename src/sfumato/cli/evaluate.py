@@ -58,7 +58,7 @@ class Evaluate:
     spacing: Annotated[str | None, unset(MODELS)] = None
     """Spacing of the timesteps: trailing, karras, karras:rho=5, tuned ..."""
     guidance: Annotated[str | None, unset(MODELS)] = None
-    """Guidance scale, 1 is off; with options as in "3 interval:low=0.2,high=0.8"."""
+    """Guidance scale, 0 to 1 is off; with options as in "3 interval:low=0.2,high=0.8"."""
     train_split: str = "train"
     """Split that the model was trained on: the reference."""
     test_split: str = "test"

@@ -28,7 +28,7 @@ class TuneTimesteps:
     sampler: Annotated[str | None, unset(MODELS)] = None
     """Deterministic sampler, with options as in lms:order=3."""
     guidance: Annotated[str | None, unset(MODELS)] = None
-    """Guidance scale; 1 is off."""
+    """Guidance scale; 0 to 1 is off."""
     prompts: Annotated[tuple[str, ...], unset("all classes in turn")] = ()
     """Prompts of the search."""
     images: int = 64

@@ -388,12 +388,23 @@ def _read_prompts(
 
 
 def _check_negative_prompt(request: Request, settings: Settings) -> None:
-    """Raise `UserError` for a negative prompt without guidance by two passes."""
+    """Raise `UserError` for a negative prompt that guidance leaves without effect.
+
+    Empty texts pass: programs send them with every request.
+    """
     texts = request.negative_prompt, request.negative_prompt_2
-    negative = next((text for text in texts if text is not None), None)
-    if negative is None or not settings.guidance.off:
+    negative = next((text for text in texts if not _is_empty(text)), None)
+    if negative is None:
         return
-    distilled = settings.distilled_guidance
+    guidance, distilled = settings.guidance, settings.distilled_guidance
+    if not guidance.off:
+        if not any(baseline.takes_negative for baseline in guidance.parts()[2]):
+            raise UserError(
+                f"negative prompt {negative!r} with guidance {guidance}: its baseline "
+                f"{guidance.baseline} keeps the prompt, so that nothing is moved away from the "
+                "negative one; expected the baseline condition, or no negative prompt"
+            )
+        return
     if distilled is not None:
         raise UserError(
             f"negative prompt {negative!r} with distilled guidance {distilled:g} alone, in which "
@@ -401,9 +412,15 @@ def _check_negative_prompt(request: Request, settings: Settings) -> None:
             f"and distilled_guidance={distilled:g} beside it"
         )
     raise UserError(
-        f"negative prompt {negative!r} with guidance {settings.guidance}: "
-        "nothing is moved away from it; raise the guidance"
+        f"negative prompt {negative!r} with guidance {guidance}: "
+        "nothing is moved away from it; raise the guidance above 1, or leave that prompt out"
     )
+
+
+def _is_empty(prompt: Prompt) -> bool:
+    """True for no prompt, whitespace, and lists of these."""
+    texts = [prompt] if prompt is None or isinstance(prompt, str) else prompt
+    return isinstance(texts, Sequence) and not any(text and str(text).strip() for text in texts)
 
 
 def _mix(name: str, end: str, value: Any) -> tuple[Any, Any]:

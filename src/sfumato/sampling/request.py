@@ -167,7 +167,7 @@ class Request:
         steps: Sampling steps.
         sampler: "name" or "name:option=value,...", as "ddim:eta=0.5".
         spacing: "name" or "name:option=value,...", as "karras:rho=5"; "tuned" for tuned times.
-        guidance: a number (1 is off), or anything that `Guidance.parse` reads, as
+        guidance: a number (0 to 1 is off), or anything that `Guidance.parse` reads, as
             "3 interval:low=0.2,high=0.8".
         seed: Image k uses seed + k.
         negative_prompt: Prompt(s) that guidance moves away from.

@@ -23,6 +23,7 @@ from sfumato.checkpoints.shapes import Shapes
 from sfumato.checkpoints.weight_map import WeightMap, chunked, swapped, weight
 from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.conditioners.flux2_text import Flux2Text
+from sfumato.predict.guidance.settings import Guidance
 from sfumato.predict.networks.base import Network
 
 AUTOENCODER = "AutoencoderKLFlux2"
@@ -153,7 +154,9 @@ class Flux2(TransformerFamily):
         self, pipeline: str, guidance: object, parts: Mapping[str, object] | None = None
     ) -> dict[str, Any]:
         """A note whether klein was distilled, so that it runs without guidance."""
-        return {"is_distilled": guidance == 1} if pipeline == "Flux2KleinPipeline" else {}
+        if pipeline != "Flux2KleinPipeline":
+            return {}
+        return {"is_distilled": Guidance.parse(guidance).off}
 
     def defaults(self, index: Config, learned_guidance: bool, scheduler: Config) -> dict[str, Any]:
         """Four steps for a distilled klein, as on its card."""

@@ -3,18 +3,22 @@
 A line of text is specs in any order, with spaces between them: one number, the scale, and the names
 of parts, each with its options.
 
-    2                                             classifier-free guidance; 1 is off
+    2                                             classifier-free guidance; 0 to 1 is off
     2.5 interval:low=0.2,high=0.8                 only at 0.2 <= t <= 0.8: a weight
     7.5 rescale:phi=0.7                           contrast kept: a rule
     4 ramp project:threshold=10,momentum=-0.5     from off to 4 along the run, by APG
     3 perturbed_attention:layers=mid_block        a baseline; several layers are joined by +
     2 model:path=small                            autoguidance by a model that the caller opens
-    0.6 plus_plus                                 CFG++: the scale is lambda, and 1 is not off
+    0.6 plus_plus                                 CFG++: the scale is lambda, above 0; 1 is not off
     4 dual:kind=away,second=3 condition perturbed_attention:layers=up_blocks.0+up_blocks.1
                                                   two baselines and two scales
 
 The default parts are constant, linear and condition. Names are unique over the three folders:
 weights/, rules/ and predict/guidance_models/. `build` makes the guided denoiser of a run.
+
+A scale from 0 to 1 is off, as in diffusers' pipelines: one call a step, by the condition alone.
+Distilled models are published with "guidance_scale=0" (SD-Turbo, FLUX.1 schnell), which means the
+prompt and not the baseline. CFG++ is the exception, because its scale is a share of the condition.
 """
 
 import json
@@ -55,7 +59,7 @@ class Guidance:
     Settings that mean the same are brought into one form, so that they are equal.
 
     Args:
-        scale: At least 0; 1 is off.
+        scale: At least 0; 0 to 1 is off, except for CFG++ (`plus_plus`), which needs one above 0.
         weight: Spec of the scale's course along the run.
         rule: Spec of the way in which predictions combine.
         baseline: Spec of the prediction to move away from; two for a rule that takes two.
@@ -86,6 +90,11 @@ class Guidance:
                 f"{', '.join(sorted(_files('baseline')))}, "
                 "for example 'condition perturbed_attention'"
             )
+        if rule.scale_is_share and self.scale == 0:
+            raise UserError(
+                f"guidance 0 {self.rule}: expected a scale above 0, the share of the prompt; "
+                "0 would draw the negative prompt"
+            )
         if not rule.consistent and self.weight != "constant":
             raise UserError(
                 f"guidance {self.rule} with the weight {self.weight}: expected constant, "
@@ -93,13 +102,16 @@ class Guidance:
             )
 
     def parts(self) -> tuple[Weight, Rule, tuple[Baseline, ...]]:
-        """Return the weight, the rule and the baselines as objects."""
+        """Return the weight, the rule and the baselines as objects.
+
+        The weight's scale is at least 1, unless the rule's scale is a share of the condition.
+        """
         return _parts(self.scale, self.weight, self.rule, self.baseline)
 
     @property
     def off(self) -> bool:
         """True if nothing is guided at any time, so that no baseline is needed."""
-        return self.scale == 1 and not self.parts()[1].always
+        return self.scale <= 1 and not self.parts()[1].always
 
     @property
     def consistent(self) -> bool:
@@ -146,7 +158,7 @@ class Guidance:
 
 
 def _scale(value: Any) -> float:
-    return float(number_in("guidance", value, 0, hint="1 is off"))
+    return float(number_in("guidance", value, 0, hint="0 to 1 is off"))
 
 
 @lru_cache(maxsize=256)
@@ -154,9 +166,10 @@ def _parts(
     scale: float, weight: str, rule: str, baseline: str
 ) -> tuple[Weight, Rule, tuple[Baseline, ...]]:
     """Return all parts. Cached: a request needs these frozen settings several times."""
+    combined = _part("rule", rule)
     return (
-        _part("weight", weight, scale=scale),
-        _part("rule", rule),
+        _part("weight", weight, scale=scale if combined.scale_is_share else max(scale, 1.0)),
+        combined,
         tuple(_part("baseline", word) for word in baseline.split()),
     )
 
@@ -214,8 +227,8 @@ def _from_text(text: str) -> Guidance:
             specs.setdefault(fields_of[name], []).append(word)
     if len(scales) != 1:
         raise UserError(
-            f"guidance={text!r}: expected one number, the scale (1 is off), found {len(scales)}: "
-            "write for example '2 interval'"
+            f"guidance={text!r}: expected one number, the scale (0 to 1 is off), "
+            f"found {len(scales)}: write for example '2 interval'"
         )
     for field in ("weight", "rule"):
         if len(specs.get(field, ())) > 1:
@@ -237,7 +250,7 @@ def _from_json(value: Mapping[str, Any]) -> Guidance:
             raise UserError(f"guidance has {field} and {STORED[field]}: expected one of them")
         values[field] = part
     if "scale" not in values:
-        raise UserError(f"guidance={dict(value)!r}: expected a scale; 1 is off")
+        raise UserError(f"guidance={dict(value)!r}: expected a scale; 0 to 1 is off")
     scale, specs = _scale(values.pop("scale")), {}
     for field, part in values.items():
         parts = part if isinstance(part, list | tuple) else [part]

@@ -29,10 +29,13 @@ class Rule(ABC):
         num_baselines: Number of baselines.
         consistent: True if the pair adds up to x = alpha*x0 + sigma*eps. Otherwise only samplers
             with the trait `uses_x0_and_eps` can use it.
+        scale_is_share: True if the scale is the condition's share of a prediction, so that scales
+            below 1 act. Otherwise `Guidance` takes them for off.
     """
 
     num_baselines: ClassVar[int] = 1
     consistent: ClassVar[bool] = True
+    scale_is_share: ClassVar[bool] = False
 
     @property
     def always(self) -> bool:

@@ -9,12 +9,15 @@ p is x0 and eps alike:
     away    p = p_c + (w - 1) (p_c - p1) + (second - 1) (p_c - p2): away from both, as from no
             condition and from perturbed attention (Ahn et al. 2024, arXiv:2403.17377)
 
+For `away` a second scale from 0 to 1 is off too, so that p never is p2 alone.
+
 The weights of the three predictions sum to 1, so it is the same in every parameterization. Where
 p1 = p2 the first two are plain guidance with w, and the third with w + second - 1. The second scale
 can be limited to an interval, as by Stability AI for skipped layers in early steps. Elsewhere it is
 off, p = p1 + w (p_c - p1), and p2 is not computed.
 """
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -34,7 +37,7 @@ class Dual(Rule):
 
     Args:
         kind: "chain", "sum" or "away".
-        second: The second scale.
+        second: The second scale; for "away" at least 0, and 0 to 1 is off.
         low: Least time at which it acts, in [0, 1]; 1 is noise.
         high: Largest time at which it acts.
     """
@@ -48,7 +51,9 @@ class Dual(Rule):
 
     def __post_init__(self) -> None:
         one_of("kind of dual guidance", self.kind, KINDS)
-        number_in("guidance dual second", self.second, hint=f"{KINDS[self.kind]:g} is off")
+        off = f"{KINDS[self.kind]:g}"
+        low, off = (0.0, "0 to 1") if self.kind == "away" else (-math.inf, off)
+        number_in("guidance dual second", self.second, low, hint=f"{off} is off")
         if not 0 <= self.low <= self.high <= 1:
             raise UserError(
                 f"guidance dual low={self.low}, high={self.high}: "
@@ -62,7 +67,12 @@ class Dual(Rule):
     @property
     def always(self) -> bool:
         """True if the second scale acts where w is 1."""
-        return self.second != KINDS[self.kind]
+        return self._second != KINDS[self.kind]
+
+    @property
+    def _second(self) -> float:
+        """The second scale, at least 1 for "away"."""
+        return max(self.second, 1.0) if self.kind == "away" else self.second
 
     def begin(self) -> CombineFn:
         """Return the sum of both differences, or of one where the second scale is off."""
@@ -73,7 +83,7 @@ class Dual(Rule):
             if self.kind == "sum":
                 return mixed(two, one, self.second) + w * (conditional - one)
             moved = conditional + (w - 1) * (conditional - one)
-            return moved + (self.second - 1) * (conditional - two)
+            return moved + (self._second - 1) * (conditional - two)
 
         def combine(x: Tensor, moment: Moment, predictions: Predictions, w: Scale) -> Prediction:
             conditional, one, *rest = predictions

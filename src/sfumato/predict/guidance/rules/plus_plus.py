@@ -22,6 +22,7 @@ class PlusPlus(Rule):
     """
 
     consistent = False
+    scale_is_share = True
 
     @property
     def always(self) -> bool:

@@ -6,12 +6,14 @@
     r(t) = last + (first - last) f(t),  f = t, (1 - cos(pi t))/2 or t^power
 
 r is `first` at t = 1 and `last` at t = 0. The defaults go from off to scale. Their "linear"
-scheduler, which keeps the mean over the run, is first 0, last 2.
+scheduler, which keeps the mean over the run, is first 0, last 2. A negative `first` or `last` gives
+w below 1, towards the baseline. w stays above 0, where the baseline alone would be drawn.
 """
 
 import math
 from dataclasses import dataclass
 
+from sfumato.errors import UserError
 from sfumato.predict.guidance.weights import TimeWeight
 from sfumato.validate import number_in, one_of
 
@@ -41,6 +43,13 @@ class Ramp(TimeWeight):
         number_in("guidance ramp last", self.last, hint="1 is the whole scale")
         one_of("shape of a guidance ramp", self.shape, SHAPES)
         number_in("guidance ramp power", self.power, above=0, hint="1 is linear")
+        for name, t in (("first", 1.0), ("last", 0.0)):
+            if self.at(t) <= 0:
+                raise UserError(
+                    f"guidance ramp {name}={getattr(self, name):g} of the scale {self.scale:g} "
+                    f"makes the weight {self.at(t):g}: expected one above 0, "
+                    "where the negative prompt is not drawn itself"
+                )
 
     def at(self, t: float) -> float:
         """Return w at a time."""
