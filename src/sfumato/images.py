@@ -9,6 +9,7 @@ so that tensor -> image -> tensor is the identity on the 256 levels. A PNG has t
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -230,23 +231,67 @@ _LABELS = {
     "seed": "Seed",
     "model": "Model",
     "model_hash": "Model hash",
+    "variation_seed": "Variation seed",
+    "variation_strength": "Variation seed strength",
+    "strength": "Denoising strength",
+    "distilled_guidance": "Distilled CFG Scale",
 }
+"""Parameters, and the names that other programs have for them."""
 
 
 def readable_parameters(parameters: Mapping[str, Any]) -> str:
-    """The parameters as lines for people: prompt, negative prompt, then `Name: value` pairs."""
-    lines = [str(parameters.get("prompt") or "")]
+    """The parameters as lines for people: prompt, negative prompt, then `Name: value` pairs.
+
+    The layout is that of AUTOMATIC1111's web UI: its readers end a value at a comma, and decode
+    values in quotation marks as JSON.
+    """
+    lines = [_prompt_lines(str(parameters.get("prompt") or ""))]
     if parameters.get("negative_prompt"):
-        lines.append(f"Negative prompt: {parameters['negative_prompt']}")
-    shown = dict(parameters)
-    # more than a scale: the scale, and the words for the rest
-    if isinstance(shown.get("guidance"), Mapping):
-        rest = [f"{key} {value}" for key, value in shown["guidance"].items() if key != "scale"]
-        shown["guidance"] = f"{shown['guidance'].get('scale')}, Guidance: {' '.join(rest)}"
-    pairs = [
-        f"{label}: {shown[key]}" for key, label in _LABELS.items() if shown.get(key) is not None
-    ]
+        lines.append(f"Negative prompt: {_prompt_lines(str(parameters['negative_prompt']))}")
+    shown = {**parameters, **_own_seed(parameters)}
+    guidance = shown.get("guidance")
+    if isinstance(guidance, Mapping):
+        shown["guidance"] = guidance.get("scale")
+    pairs = {
+        label: shown[key] for key, label in _LABELS.items() if shown.get(key) not in (None, "")
+    }
+    if isinstance(guidance, Mapping):  # more than a scale: the words for the rest
+        rest = [f"{key} {value}" for key, value in guidance.items() if key != "scale"]
+        pairs["Guidance"] = " ".join(rest)
     if parameters.get("width") and parameters.get("height"):
-        pairs.append(f"Size: {parameters['width']}x{parameters['height']}")
-    lines.append(", ".join([*pairs, f"Version: sfumato {parameters.get('version', 'unknown')}"]))
-    return "\n".join(lines)
+        pairs["Size"] = f"{parameters['width']}x{parameters['height']}"
+    pairs["Version"] = f"sfumato {parameters.get('version', 'unknown')}"
+    lines.append(", ".join(f"{label}: {_quoted(str(value))}" for label, value in pairs.items()))
+    # file names may hold bytes that are no text
+    return "\n".join(lines).encode(errors="replace").decode()
+
+
+def _own_seed(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The seed of image `index` of a request, where it is not the first image's."""
+    index = parameters.get("index")
+    name = "seed" if parameters.get("variation_strength") is None else "variation_seed"
+    seed = parameters.get(name)
+    if parameters.get("task") == "interpolate":  # all images have the noise of one seed
+        return {}
+    if not isinstance(index, int) or not isinstance(seed, int):
+        return {}
+    return {name: seed + index}
+
+
+_HEADINGS = re.compile(r"^(\s*)(Negative prompt:|Steps:)", re.MULTILINE)
+"""Lines of a prompt that readers would take for the negative prompt or the settings."""
+_SPECIAL = re.compile(r'[,:"\x00-\x1f\x7f-\x9f\u2028\u2029]')
+"""Characters that readers take for the end of a value, a quotation or the end of the line."""
+
+
+def _prompt_lines(prompt: str) -> str:
+    """A prompt as its readers find it again: headings inside begin with a small letter."""
+    return _HEADINGS.sub(lambda match: match[1] + match[2][0].lower() + match[2][1:], prompt)
+
+
+def _quoted(value: str) -> str:
+    """A value as it is, or as JSON where readers would end it early or strip it."""
+    if value == value.strip() and not _SPECIAL.search(value):
+        return value
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub(r"[\x7f-\x9f\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text)

@@ -52,6 +52,23 @@ def positive_int(name: str, value: Any, unit: str = "", hint: str = "") -> int:
     return whole_number(name, value, at_least=1, unit=unit, hint=hint)
 
 
+def seed_number(name: str, value: Any, n: int = 1) -> int:
+    """Return the first seed of n images, which have seed, seed + 1, ... up to 2^64 - 1.
+
+    Numbers outside are refused: taken modulo 2^64 they would be other names of the same images.
+
+    Args:
+        name: Name of the setting.
+        value: Its value; True and 2.0 are refused.
+        n: Number of images.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 2**64 - n:
+        images = "" if n == 1 else f" for {n} images"
+        hint = "sfumato.sampling.random_seed() draws one, as --seed random does"
+        raise _refusal(name, value, f"a whole number from 0 to 2^64 - {n}{images}", hint)
+    return value
+
+
 def number_in(
     name: str,
     value: Any,

@@ -3,6 +3,7 @@ made.
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -163,7 +164,7 @@ def test_a_grid_needs_pictures_of_one_size() -> None:
         st.characters(codec="utf-8", exclude_categories=["Cs"], exclude_characters="\0"),
         max_size=80,
     ),
-    seed=st.integers(0, 2**63),
+    seed=st.integers(0, 2**64 - 1),
 )
 def test_parameters_come_back_from_a_png(
     tmp_path_factory: pytest.TempPathFactory, prompt: str, seed: int
@@ -185,6 +186,101 @@ def test_the_chunk_for_people_reads_like_other_tools() -> None:
         "Steps: 20, Sampler: ddim, CFG scale: 2.5, Seed: 7, Model: fashion, Model hash: 0000"
     )
     assert lines[2].endswith("Size: 28x28, Version: sfumato 0.1.0")
+
+
+PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+"""The expression by which readers of AUTOMATIC1111's layout take the last line apart."""
+
+
+def read_infotext(text: str) -> tuple[str, str, dict[str, str]]:
+    """Read prompt, negative prompt and settings as AUTOMATIC1111's web UI does (its layout is
+    described in its wiki; this is a reader of our own).
+    """
+    *lines, last = text.strip().split("\n")
+    if len(PAIR.findall(last)) < 3:
+        lines, last = [*lines, last], ""
+    sides: tuple[list[str], list[str]] = ([], [])
+    negative = False
+    for line in map(str.strip, lines):
+        negative = negative or line.startswith("Negative prompt:")
+        sides[negative].append(line.removeprefix("Negative prompt:").strip())
+    found = {}
+    for key, value in PAIR.findall(last):
+        quoted = value[:1] == value[-1:] == '"'
+        found[key] = json.loads(value) if quoted else value
+    return "\n".join(sides[0]).strip(), "\n".join(sides[1]).strip(), found
+
+
+ODD = st.one_of(
+    st.text(
+        st.characters(codec="utf-8", exclude_categories=["Cs"], exclude_characters="\0"),
+        min_size=1,
+        max_size=20,
+    ),
+    st.text(st.sampled_from(',:"\\\n\r \t/-{}ab\u2028\x85'), min_size=1, max_size=20),
+)
+WORDS = st.lists(
+    st.sampled_from(
+        ["Negative prompt: sky", "Steps: 20, Sampler: x, Seed: 3", "a, b: c", "靴", '"q"', " x"]
+    ),
+    max_size=4,
+).map("\n".join)
+
+
+@settings(deadline=None, max_examples=150)
+@given(prompt=WORDS, negative=WORDS, name=ODD, sampler=ODD, seed=st.integers(0, 2**64 - 1))
+def test_readers_of_other_programs_find_every_value(
+    prompt: str, negative: str, name: str, sampler: str, seed: int
+) -> None:
+    written = {
+        **PARAMETERS,
+        "prompt": prompt,
+        "negative_prompt": negative,
+        "model": name,
+        "sampler": sampler,
+        "seed": seed,
+        "guidance": {"scale": 2.0, "interval": {"low": 0.2, "high": 0.8}},
+    }
+    text = readable_parameters(written)
+    words, against, found = read_infotext(text)
+
+    def plain(text: str) -> str:
+        """A prompt without the letters that the layout changes, and the spaces that it strips."""
+        lines = (line.strip() for line in text.strip().split("\n"))
+        return "\n".join(lines).replace("Negative", "negative").replace("Steps", "steps").strip()
+
+    assert (words, against) == (plain(prompt), plain(negative))
+    assert found == {
+        "Steps": "20",
+        "Sampler": sampler,
+        "CFG scale": "2.0",
+        "Guidance": "interval {'low': 0.2, 'high': 0.8}",
+        "Seed": str(seed),
+        "Model": name,
+        "Model hash": "0" * 64,
+        "Size": "28x28",
+        "Version": "sfumato 0.1.0",
+    }
+    assert len(text.splitlines()[-1].split(", ")) >= 9, "the settings stay on one line"
+
+
+def test_each_image_shows_its_own_seed() -> None:
+    def shown(**parameters: object) -> tuple[str | None, str | None]:
+        found = read_infotext(readable_parameters({**PARAMETERS, **parameters}))[2]
+        return found.get("Seed"), found.get("Variation seed")
+
+    assert shown(index=3) == ("10", None)
+    assert shown(index=3, task="interpolate") == ("7", None)
+    assert shown(index=3, variation_seed=20, variation_strength=0.1) == ("7", "23")
+
+
+def test_names_that_are_no_text_do_not_stop_a_write(tmp_path: Path) -> None:
+    """A file name may hold bytes that are not UTF-8."""
+    written = {**PARAMETERS, "model": "caf\udce9", "prompt": "靴\udcff"}
+    path = write_png(tmp_path / "a.png", Image.new("L", (2, 2)), written)
+    assert read_parameters(path) == written
+    with Image.open(path) as image:
+        assert read_infotext(image.info["parameters"])[2]["Model"] == "caf?"
 
 
 def test_a_write_that_fails_leaves_the_old_file(

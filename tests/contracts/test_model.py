@@ -7,6 +7,7 @@ because convolutions and matrix products choose their algorithm by the batch.
 """
 
 import errno
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import FrozenInstanceError, fields, replace
@@ -41,6 +42,7 @@ from sfumato.predict.conditioners.unconditional import Unconditional
 from sfumato.predict.denoiser import Denoiser, evaluate_calls
 from sfumato.registry import names
 from sfumato.sampling import Defaults, Request
+from sfumato.tasks.variations import vary
 
 KINDS = {
     "flow-grey-classes": ("flow", 1, CLASSES),
@@ -228,18 +230,31 @@ def test_an_image_of_a_batch_is_that_of_its_own_seed(
     assert torch.equal(together, latents(model, "bag", n=count, seed=100, sampler=sampler))
 
 
-def test_seeds_differ_and_end_where_torch_ends(model: LatentDiffusion) -> None:
+def test_every_seed_of_64_bits_draws_an_image_of_its_own(model: LatentDiffusion) -> None:
     assert not near(latents(model, seed=0), latents(model, seed=1))
-    last = latents(model, n=2, seed=2**63 - 2, steps=1)
-    assert near(latents(model, seed=2**63 - 1, steps=1)[0], last[1])
-    assert latents(model, seed=-(2**63), steps=1).isfinite().all()
-    for seed in (2**63 - 1, -(2**63) - 1):
-        with pytest.raises(UserError, match=f"seed={seed}: expected a whole number from"):
-            model.generate(n=2, seed=seed)
-        with pytest.raises(UserError, match=f"seed={seed}"):
-            model.diffuse(last, 0.5, seed=seed)
-        with pytest.raises(UserError, match=f"seed={seed}"):
-            model.compress(torch.zeros(2, 1, 16, 16), seed=seed)
+    seeds = [5 + k * 2**32 for k in range(4)] + [5 * 2**32, 2**63 + 5, 2**64 - 1]
+    drawn = SeededNoise(LATENT, seeds)()
+    for k in range(len(seeds)):
+        for other in drawn[:k]:
+            assert not near(drawn[k], other), "other bits of the seed draw another image"
+    last = latents(model, n=2, seed=2**64 - 2, steps=1)
+    assert near(latents(model, seed=2**64 - 1, steps=1)[0], last[1])
+
+
+@pytest.mark.parametrize("seed", [2**64 - 1, 2**70, -1, True])
+def test_other_seeds_are_refused(model: LatentDiffusion, seed: int) -> None:
+    """The last image's seed counts too. Numbers of another type: tests/end_to_end/test_bad_input.py."""
+    z = torch.zeros(2, *LATENT)
+    words = re.escape(f"seed={seed!r}: expected a whole number from 0 to 2^64 - 2 for 2 images")
+    acts: list[Callable[[], object]] = [
+        lambda: model.plan(Request(n=2, seed=seed)),
+        lambda: model.diffuse(z, 0.5, seed=seed),
+        lambda: model.compress(torch.zeros(2, 1, 16, 16), seed=seed),
+        lambda: vary(Request(n=2), seed=seed),
+    ]
+    for act in acts:
+        with pytest.raises(UserError, match=words):
+            act()
 
 
 # ---- steps, sampler, guidance --------------------------------------------------------------------

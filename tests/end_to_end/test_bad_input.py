@@ -552,7 +552,7 @@ def test_an_index_cannot_name_code(folder: Path) -> None:
 
 # ---- requests ------------------------------------------------------------------------------------
 
-FIRST = 2**63
+FIRST = 2**64
 REQUESTS = [
     ("--n 0", "--n 0"),
     ("--n -4", "--n -4"),
@@ -564,7 +564,7 @@ REQUESTS = [
     ("--sampler dimm", "unknown sampler 'dimm': did you mean 'ddim'"),
     ("--sampler ../../etc", "unknown sampler '../../etc'"),
     (f"--seed {FIRST}", f"seed={FIRST}"),
-    ("--seed -1", "seed -1"),
+    ("--seed -1", "--seed=-1: expected a whole number from 0"),
     (f"--seed {10**40}", f"seed={10**40}"),
     ("--height 0", "height 0 is too small"),
     ("--width 0", "width 0"),

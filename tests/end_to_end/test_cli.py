@@ -354,7 +354,7 @@ def test_slug_is_a_safe_file_name(prompt: str | None, name: str) -> None:
         ("generate boot --steps 0", 2, "--steps 0"),
         ("generate boot --height 0", 2, "--height 0"),
         ("generate boot --threads 0", 2, "--threads 0"),
-        ("generate boot --seed -1", 2, "--seed -1"),
+        ("generate boot --seed -1", 2, "--seed=-1"),
         ("generate boot --guidance nan", 2, "guidance=nan: expected a number"),
         ("generate boot --out boot.jpg", 2, "boot.png"),
         ("generate boot --out /dev/null/boot.png", 2, "/dev/null"),

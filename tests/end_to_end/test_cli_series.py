@@ -269,8 +269,8 @@ def test_a_second_model_finishes(tiny: Path, tmp_path: Path) -> None:
         ),
         (["generate", "--variation-strength", "nan"], "--variation-strength nan"),
         (
-            ["generate", "--variation-strength", "0.5", "--variation-seed", str(2**63)],
-            "expected a whole number from -2^63",
+            ["generate", "--variation-strength", "0.5", "--variation-seed", str(2**64)],
+            "--variation-seed=18446744073709551616: expected a whole number from 0 to 2^64",
         ),
         (["generate", "--handover", "0.5"], "--handover 0.5 without --refiner"),
         (

@@ -8,6 +8,7 @@ proportional to w_k N(x; alpha m_k, v_k I) (Bayes' rule for Gaussians).
 
 import inspect
 import math
+import random
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise, product
@@ -30,6 +31,7 @@ from sfumato.diffuse.samplers.ddim import ddim
 from sfumato.diffuse.samplers.ddpm import ddpm
 from sfumato.diffuse.schedule import SCHEDULES, BetaTable, schedule, table
 from sfumato.diffuse.schedule_transforms import Shifted, ZeroTerminalSNR, dynamic_shift
+from sfumato.diffuse.seeds import random_seed, seed_torch, seeded_generator
 from sfumato.diffuse.timesteps import ALIGN_YOUR_STEPS, SPACINGS, check_times, timesteps, truncate
 from sfumato.diffuse.weighting import draw_times, loss_weight
 from sfumato.errors import NumericalError, UserError
@@ -738,6 +740,30 @@ def test_image_k_of_a_batch_has_the_noise_of_its_own_seed() -> None:
         alone = SeededNoise((4, 5, 3), [seed])
         assert torch.equal(alone()[0], first[k]) and torch.equal(alone()[0], second[k])
     assert not torch.equal(first[0], first[1])
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**32 - 1, 2**32, 2**32 + 5, 5 * 2**32 + 7, 2**64 - 1])
+def test_generators_begin_as_the_reference_does_for_words_of_a_seed(seed: int) -> None:
+    """Python's `random` begins its Mersenne Twister with the words of an integer (CPython,
+    Modules/_randommodule.c, init_by_array); torch's own begins with one word (init_genrand).
+    """
+    generator = seeded_generator(seed)
+    drawn = torch.empty(1300, dtype=torch.int32).random_(generator=generator)
+    if seed < 2**32:
+        plain = torch.Generator().manual_seed(seed)
+        expected = torch.empty(1300, dtype=torch.int32).random_(generator=plain)
+        assert drawn.tolist() == expected.tolist()
+    else:
+        reference = random.Random(seed)
+        assert drawn.tolist() == [reference.getrandbits(32) % 2**31 for _ in range(1300)]
+    with torch.random.fork_rng(devices=[]):
+        seed_torch(seed)
+        assert torch.equal(torch.randn(5), torch.randn(5, generator=seeded_generator(seed)))
+
+
+def test_random_seeds_differ_and_suit_every_program() -> None:
+    drawn = {random_seed() for _ in range(8)}
+    assert len(drawn) > 6 and all(0 <= seed < 2**32 for seed in drawn)
 
 
 def test_noise_equals_successive_draws_of_torch_from_the_seed() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sfumato.batching import DenoiseCalls, DenoiseFn, DenoiserCall, drive
 from sfumato.diffuse.samplers import Run
+from sfumato.diffuse.seeds import seeded_generator
 from sfumato.errors import NumericalError
 from sfumato.types import Conditioning, Prediction
 
@@ -58,7 +59,7 @@ class SeededNoise:
         self, shape: Sequence[int], seeds: Sequence[int], device: torch.device | str = "cpu"
     ):
         self.shape, self.device = tuple(shape), device
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.generators = [seeded_generator(seed) for seed in seeds]
         self.ahead: list[Tensor] = []
         self.count = 1
 

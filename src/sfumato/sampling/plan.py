@@ -34,7 +34,7 @@ from sfumato.sampling.request import (
     spacing_of,
 )
 from sfumato.types import Conditioning, ImageSpec, LatentSpace
-from sfumato.validate import number_in, one_of, positive_int, whole_number
+from sfumato.validate import number_in, one_of, positive_int, seed_number, whole_number
 
 Prompts = tuple[str | None, ...]
 
@@ -294,17 +294,13 @@ def latent_shape(space: LatentSpace, height: int, width: int) -> tuple[int, int,
 
 
 def seeds_of(seed: int, n: int) -> list[int]:
-    """Image k's seed, seed + k, in the range of torch's generators.
+    """Image k's seed, seed + k.
 
     Raises:
-        UserError: For anything but a whole number in that range.
+        UserError: For anything but a whole number with n seeds from it up to 2^64 - 1.
     """
-    if not isinstance(seed, int) or not -(2**63) <= seed <= 2**63 - n:
-        raise UserError(
-            f"seed={seed!r}: expected a whole number from -2^63 to 2^63 - {n}, "
-            f"for {n} image{'s' if n > 1 else ''}"
-        )
-    return [seed + k for k in range(n)]
+    first = seed_number("seed", seed, n)
+    return [first + k for k in range(n)]
 
 
 def without_guidance(model: Model, request: Request) -> Request:
@@ -455,7 +451,7 @@ def _check_noise(request: Request, n: int) -> None:
         raise UserError(f"noise_mix with {count} seeds for {n} images: expected one an image")
     check_shares("noise_mix", shares, n)
     for seed in seeds:
-        seeds_of(seed, 1)
+        seed_number("noise_mix seed", seed)
 
 
 def _check_latents(request: Request, n: int, shape: tuple[int, int, int]) -> None:

@@ -169,7 +169,7 @@ class Request:
         spacing: "name" or "name:option=value,...", as "karras:rho=5"; "tuned" for tuned times.
         guidance: a number (0 to 1 is off), or anything that `Guidance.parse` reads, as
             "3 interval:low=0.2,high=0.8".
-        seed: Image k uses seed + k.
+        seed: From 0 to 2^64 - 1; image k uses seed + k. `random_seed()` draws one.
         negative_prompt: Prompt(s) that guidance moves away from.
         height: In pixels.
         width: In pixels.

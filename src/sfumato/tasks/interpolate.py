@@ -25,7 +25,7 @@ from sfumato.tasks._images import (
     resize_request,
 )
 from sfumato.tasks.variations import WAYS, invertible_request
-from sfumato.validate import one_of, whole_number
+from sfumato.validate import one_of, seed_number
 
 
 def interpolate(
@@ -126,7 +126,7 @@ def _mix_ends(request: Request, to_prompt: str | None, to_seed: int | None) -> R
     shares = _shares(n)
     noise = ([request.seed] * n, [0.0] * n)
     if to_seed is not None:
-        noise = ([whole_number("to_seed", to_seed)] * n, shares)
+        noise = ([seed_number("to_seed", to_seed)] * n, shares)
     prompts = None if to_prompt is None else (to_prompt, shares)
     return replace(request, noise_mix=noise, prompt_mix=prompts)
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from sfumato.diffuse.seeds import seeded_generator
 from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
 from sfumato.sampling import Plan, Request
@@ -58,7 +59,7 @@ def upscale(
         raise UserError(
             "noise_mix for an upscaler: it draws noise of two kinds from each seed; expected None"
         )
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds_of(request.seed, count)]
+    generators = [seeded_generator(seed) for seed in seeds_of(request.seed, count)]
     # before the run's own noise, from the same seed
     eps = torch.stack([torch.randn(pixels.shape[1:], generator=g) for g in generators])
     shape = latent_shape(space, height, width)

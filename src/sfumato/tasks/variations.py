@@ -27,7 +27,7 @@ from sfumato.tasks._images import (
     resize_request,
 )
 from sfumato.tasks.image_to_image import image_to_image
-from sfumato.validate import number_in, one_of, whole_number
+from sfumato.validate import number_in, one_of, seed_number
 
 WAYS = ("noise", "inversion")
 
@@ -49,7 +49,8 @@ def vary(request: Request, *, seed: int | None = None, strength: float = 0.2) ->
         raise UserError(
             "this request's noise lies between two seeds already: expected noise_mix=None"
         )
-    other, n = whole_number("seed", request.seed + 1 if seed is None else seed), request.count
+    n = request.count
+    other = seed_number("seed", request.seed + 1 if seed is None else seed, n)
     return replace(request, noise_mix=([other + k for k in range(n)], [strength] * n))
 
 

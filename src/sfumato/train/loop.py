@@ -23,7 +23,7 @@ from sfumato.train.batch_sampler import BatchSampler, derive_seed
 from sfumato.train.ema import EMA
 from sfumato.train.logger import Means, RunLog
 from sfumato.train.objective import Draw, Objective
-from sfumato.validate import number_in, one_of, positive_int
+from sfumato.validate import number_in, one_of, positive_int, seed_number
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ class LoopSettings:
         one_of("precision", self.precision, PRECISIONS)
         for name in ("steps", "batch_size", "save_every", "show_every", "log_every"):
             positive_int(name, getattr(self, name))
+        seed_number("seed", self.seed)
         number_in("lr", self.lr, above=0)
         number_in("ema", self.ema, 0, below=1, hint="0 is none")
         if not self.clip > 0:  # infinity is no clipping

@@ -36,6 +36,7 @@ from sfumato.data.splits import split
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
+from sfumato.diffuse.seeds import seed_torch
 from sfumato.diffuse.vlb import check_has_vlb
 from sfumato.errors import UserError
 from sfumato.evaluate.features import load_features
@@ -135,7 +136,7 @@ class AutoencoderRecipe:
                 "give aspect buckets to the denoiser alone"
             )
         images, held_out = self.data.open()
-        torch.manual_seed(self.loop.seed)
+        seed_torch(self.loop.seed)
         channels = images.shape[0]
         network = AutoencoderKL(replace(self.network, in_channels=channels, out_channels=channels))
         features = load_features(self.features) if self.features else None
@@ -195,7 +196,7 @@ class DenoiserRecipe:
         square = (self.data.size or 0) // space.factor
         side = latents.shape[-1] if isinstance(latents, LatentSet) else square
         shape = outline.shape_fields(self.network, space.channels, side)
-        torch.manual_seed(self.loop.seed)
+        seed_torch(self.loop.seed)
         network = build(replace(self.network, **shape, **fields))
         defaults = self.defaults
         # the model has the size, where the config of its network has none
