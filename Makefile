@@ -1,4 +1,4 @@
-# make generate PROMPT="ankle boot"   installs what is needed (once) and writes ankle-boot.png
+# make generate PROMPT="ankle boot"   installs what is needed (once) and writes ankle-boot-seed0.png
 # make test | quick | lint            the test run | without the slow tests | ruff and pyright
 # make docs                           the documentation site, build/docs/index.html
 #

@@ -165,16 +165,32 @@ def contact_sheet(rows: Sequence[Sequence[pil.Image]], pad: int = 2) -> pil.Imag
 
 
 def write_png(
-    path: str | Path, image: pil.Image, parameters: Mapping[str, Any] | None = None
+    path: str | Path,
+    image: pil.Image,
+    parameters: Mapping[str, Any] | None = None,
+    replace: bool = True,
 ) -> Path:
-    """Write a PNG atomically, with `parameters` (values that JSON can hold) inside."""
+    """Write a PNG atomically, with `parameters` (values that JSON can hold) inside.
+
+    Args:
+        path: The file.
+        image: The image.
+        parameters: For `read_parameters`, and for people.
+        replace: False leaves an older file of that name as it is.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileExistsError: There is a file of that name, and `replace` is False.
+    """
     chunks = PngInfo()
     if parameters is not None:
         chunks.add_text(KEY, json.dumps(dict(parameters), allow_nan=False))  # ASCII: a tEXt chunk
         readable = readable_parameters(parameters)
         add = chunks.add_text if readable.isascii() else chunks.add_itxt
         add("parameters", readable)
-    with atomic_file(path) as temporary:
+    with atomic_file(path, replace) as temporary:
         image.save(temporary, format="PNG", pnginfo=chunks)
     return Path(path)
 

@@ -204,11 +204,11 @@ def read_infotext(text: str) -> tuple[str, str, dict[str, str]]:
     for line in map(str.strip, lines):
         negative = negative or line.startswith("Negative prompt:")
         sides[negative].append(line.removeprefix("Negative prompt:").strip())
-    found = {}
+    values = {}
     for key, value in PAIR.findall(last):
         quoted = value[:1] == value[-1:] == '"'
-        found[key] = json.loads(value) if quoted else value
-    return "\n".join(sides[0]).strip(), "\n".join(sides[1]).strip(), found
+        values[key] = json.loads(value) if quoted else value
+    return "\n".join(sides[0]).strip(), "\n".join(sides[1]).strip(), values
 
 
 ODD = st.one_of(
@@ -242,7 +242,7 @@ def test_readers_of_other_programs_find_every_value(
         "guidance": {"scale": 2.0, "interval": {"low": 0.2, "high": 0.8}},
     }
     text = readable_parameters(written)
-    words, against, found = read_infotext(text)
+    words, against, values = read_infotext(text)
 
     def plain(text: str) -> str:
         """A prompt without the letters that the layout changes, and the spaces that it strips."""
@@ -250,7 +250,7 @@ def test_readers_of_other_programs_find_every_value(
         return "\n".join(lines).replace("Negative", "negative").replace("Steps", "steps").strip()
 
     assert (words, against) == (plain(prompt), plain(negative))
-    assert found == {
+    assert values == {
         "Steps": "20",
         "Sampler": sampler,
         "CFG scale": "2.0",
@@ -266,8 +266,8 @@ def test_readers_of_other_programs_find_every_value(
 
 def test_each_image_shows_its_own_seed() -> None:
     def shown(**parameters: object) -> tuple[str | None, str | None]:
-        found = read_infotext(readable_parameters({**PARAMETERS, **parameters}))[2]
-        return found.get("Seed"), found.get("Variation seed")
+        values = read_infotext(readable_parameters({**PARAMETERS, **parameters}))[2]
+        return values.get("Seed"), values.get("Variation seed")
 
     assert shown(index=3) == ("10", None)
     assert shown(index=3, task="interpolate") == ("7", None)

@@ -243,7 +243,7 @@ def test_every_seed_of_64_bits_draws_an_image_of_its_own(model: LatentDiffusion)
 
 @pytest.mark.parametrize("seed", [2**64 - 1, 2**70, -1, True])
 def test_other_seeds_are_refused(model: LatentDiffusion, seed: int) -> None:
-    """The last image's seed counts too. Numbers of another type: tests/end_to_end/test_bad_input.py."""
+    """The last image's seed counts too. Other types: tests/end_to_end/test_bad_input.py."""
     z = torch.zeros(2, *LATENT)
     words = re.escape(f"seed={seed!r}: expected a whole number from 0 to 2^64 - 2 for 2 images")
     acts: list[Callable[[], object]] = [

@@ -358,7 +358,7 @@ def test_the_sound_model_is_not_refused(folder: Path, child: Child) -> None:
     code, out, err = child(
         "generate", "bag", "--model", str(folder), "--n", "1", folder=folder.parent
     )
-    assert code == 0 and err == "" and out.startswith("bag.png")
+    assert code == 0 and err == "" and out.startswith("bag-seed0.png")
     assert sfumato.load(folder).hash == tiny_model().hash
 
 
@@ -747,15 +747,19 @@ for target in ({str(folder)!r}, "new"):
 def test_a_disk_that_fills_up_while_writing_pictures_leaves_the_old_one(
     saved: Path, child: Child, tmp_path: Path
 ) -> None:
-    (tmp_path / "bag.png").write_bytes(b"an older picture")
+    (tmp_path / "bag-seed0.png").write_bytes(b"an older picture")
     code = (
         f"{LIMITED}\nfrom sfumato.cli import main\nlimit(300)\nraise SystemExit(main(sys.argv[1:]))"
     )
     status, out, err = child("generate", "bag", "--model", str(saved), code=code, folder=tmp_path)
     assert (
-        (status, out) == (2, "") and "could not write bag.png" in err and len(err.splitlines()) == 1
+        (status, out) == (2, "")
+        and "could not write bag-seed0-2.png" in err
+        and len(err.splitlines()) == 1
     ), err
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"bag.png": b"an older picture"}
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {
+        "bag-seed0.png": b"an older picture"
+    }
 
 
 def test_numbers_that_are_not_finite_write_nothing(
@@ -1033,7 +1037,7 @@ def test_the_command_line_without_a_warm_start(saved: Path, tmp_path: Path) -> N
         )
         assert done.returncode == code, done.stderr
         assert len(done.stderr.splitlines()) == (code == 2)
-    assert [p.name for p in tmp_path.iterdir()] == ["bag.png"]
+    assert [p.name for p in tmp_path.iterdir()] == ["bag-seed0.png"]
 
 
 def test_making_pictures_imports_no_more_than_it_needs(

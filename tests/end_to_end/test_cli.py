@@ -131,10 +131,10 @@ def test_generate_writes_a_grid_named_after_the_prompt(
 ) -> None:
     assert run("generate", "Ankle boot!") == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[0] == "ankle-boot.png"
+    assert out.splitlines()[0] == "ankle-boot-seed0.png"
     assert err == ""
     # 16 pictures of 8x8 with 2 pixels between
-    assert pixels("ankle-boot.png").shape == (4 * 10 - 2, 4 * 10 - 2)
+    assert pixels("ankle-boot-seed0.png").shape == (4 * 10 - 2, 4 * 10 - 2)
     for stage in ("import", "load", "sample", "decode", "write"):
         assert stage in out.splitlines()[1]
     assert stub["fashion"].requests == [
@@ -187,9 +187,13 @@ def test_no_grid_writes_one_png_a_picture(
     stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("generate", "boot", "--n", "3", "--no-grid") == 0
-    assert capsys.readouterr().out.splitlines()[:3] == ["boot-0.png", "boot-1.png", "boot-2.png"]
-    assert [read_parameters(f"boot-{k}.png")["index"] for k in range(3)] == [0, 1, 2]
-    assert pixels("boot-0.png").shape == (8, 8)
+    assert capsys.readouterr().out.splitlines()[:3] == [
+        "boot-seed0.png",
+        "boot-seed1.png",
+        "boot-seed2.png",
+    ]
+    assert [read_parameters(f"boot-seed{k}.png")["index"] for k in range(3)] == [0, 1, 2]
+    assert pixels("boot-seed0.png").shape == (8, 8)
 
 
 def test_from_makes_a_grid_again_without_touching_the_source(stub: dict[str, StubModel]) -> None:
@@ -219,22 +223,32 @@ def test_from_makes_a_grid_again_without_touching_the_source(stub: dict[str, Stu
 
 def test_from_makes_one_picture_of_a_request_again(stub: dict[str, StubModel]) -> None:
     assert run("generate", "boot", "--n", "3", "--no-grid") == 0
-    assert run("generate", "--from", "boot-1.png", "--out", "again.png") == 0
-    assert np.array_equal(pixels("boot-1.png"), pixels("again.png"))
-    assert not np.array_equal(pixels("boot-0.png"), pixels("again.png"))
-    assert read_parameters("again.png") == read_parameters("boot-1.png")
+    assert run("generate", "--from", "boot-seed1.png", "--out", "again.png") == 0
+    assert np.array_equal(pixels("boot-seed1.png"), pixels("again.png"))
+    assert not np.array_equal(pixels("boot-seed0.png"), pixels("again.png"))
+    assert read_parameters("again.png") == read_parameters("boot-seed1.png")
     assert [r["n"] for r in stub["fashion"].requests] == [3, 3]
 
 
 def test_flags_win_over_the_png(stub: dict[str, StubModel]) -> None:
     assert run("generate", "boot", "--n", "2", "--seed", "3") == 0
     assert (
-        run("generate", "bag", "--from", "boot.png", "--steps", "9", "--no-grid", "--out", "x.png")
+        run(
+            "generate",
+            "bag",
+            "--from",
+            "boot-seed3.png",
+            "--steps",
+            "9",
+            "--no-grid",
+            "--out",
+            "x.png",
+        )
         == 0
     )
     second = stub["fashion"].requests[1]
     assert (second["prompt"], second["n"], second["seed"], second["steps"]) == ("bag", 2, 3, 9)
-    assert sorted(p.name for p in Path().iterdir()) == ["boot.png", "x-0.png", "x-1.png"]
+    assert sorted(p.name for p in Path().iterdir()) == ["boot-seed3.png", "x-0.png", "x-1.png"]
     # another request: all of its pictures
     assert run("generate", "--from", "x-1.png", "--n", "4", "--out", "y.png") == 0
     assert sorted(p.name for p in Path().glob("y*")) == [f"y-{k}.png" for k in range(4)]
@@ -246,12 +260,12 @@ def test_from_refuses_another_model_by_default(
     assert run("generate", "boot") == 0
     stub["fashion"] = StubModel("c" * 64)
     capsys.readouterr()
-    assert run("generate", "--from", "boot.png") == 2
+    assert run("generate", "--from", "boot-seed0.png") == 2
     err = capsys.readouterr().err
     assert "aaaaaaaaaaaa" in err and "cccccccccccc" in err and "--allow-other-model" in err
-    assert not Path("boot-again.png").exists()
-    assert run("generate", "--from", "boot.png", "--allow-other-model") == 0
-    assert read_parameters("boot-again.png")["model_hash"] == "c" * 64
+    assert not Path("boot-seed0-again.png").exists()
+    assert run("generate", "--from", "boot-seed0.png", "--allow-other-model") == 0
+    assert read_parameters("boot-seed0-again.png")["model_hash"] == "c" * 64
 
 
 @pytest.mark.parametrize(
@@ -315,9 +329,9 @@ def test_from_reads_the_parameters_of_older_pngs(stub: dict[str, StubModel]) -> 
 def test_threads_are_recorded_and_used_again(stub: dict[str, StubModel]) -> None:
     cores = os.cpu_count() or 1
     assert run("generate", "boot", "--threads", str(cores)) == 0
-    assert read_parameters("boot.png")["threads"] == cores
+    assert read_parameters("boot-seed0.png")["threads"] == cores
     torch.set_num_threads(1)
-    assert run("generate", "--from", "boot.png") == 0
+    assert run("generate", "--from", "boot-seed0.png") == 0
     assert torch.get_num_threads() == cores
 
 
@@ -325,7 +339,7 @@ def test_out_may_be_a_folder_or_lack_its_ending(stub: dict[str, StubModel]) -> N
     Path("folder").mkdir()
     assert run("generate", "boot", "--n", "1", "--out", "folder") == 0
     assert run("generate", "boot", "--n", "1", "--out", "name") == 0
-    assert Path("folder/boot.png").exists() and Path("name.png").exists()
+    assert Path("folder/boot-seed0.png").exists() and Path("name.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -337,6 +351,12 @@ def test_out_may_be_a_folder_or_lack_its_ending(stub: dict[str, StubModel]) -> N
         ("été 靴", "été-靴"),
         ("...", "sfumato"),
         ("a" * 500, "a" * 100),
+        ("靴" * 100, "靴" * 33),
+        ("cafe\u0301 हिन्दी", "café-हिन्दी"),
+        ("?!-_,", "sfumato"),
+        ("-rf", "rf"),
+        ("two\nlines\tand\0more", "two-lines-and-more"),
+        ("boot\udcff", "boot"),
     ],
 )
 def test_slug_is_a_safe_file_name(prompt: str | None, name: str) -> None:

@@ -53,20 +53,20 @@ def test_a_grid_is_made_again_bit_for_bit(tiny: Path) -> None:
         )
         == 0
     )
-    assert main(["generate", "--from", "boot.png"]) == 0
-    first = pixels("boot.png")
+    assert main(["generate", "--from", "boot-seed3.png"]) == 0
+    first = pixels("boot-seed3.png")
     assert first.shape == (2 * 18 - 2, 3 * 18 - 2) and first.std() > 5
-    assert np.array_equal(first, pixels("boot-again.png"))
-    assert read_parameters("boot.png") == read_parameters("boot-again.png")
-    assert read_parameters("boot.png")["model_hash"] == load(tiny).hash
+    assert np.array_equal(first, pixels("boot-seed3-again.png"))
+    assert read_parameters("boot-seed3.png") == read_parameters("boot-seed3-again.png")
+    assert read_parameters("boot-seed3.png")["model_hash"] == load(tiny).hash
 
 
 def test_one_picture_of_several_is_made_again_bit_for_bit(tiny: Path) -> None:
     assert main(["generate", "bag", "--model", str(tiny), "--n", "3", "--no-grid"]) == 0
     for k in range(3):
-        assert main(["generate", "--from", f"bag-{k}.png"]) == 0
-        assert np.array_equal(pixels(f"bag-{k}.png"), pixels(f"bag-{k}-again.png"))
-    assert not np.array_equal(pixels("bag-0.png"), pixels("bag-1.png"))
+        assert main(["generate", "--from", f"bag-seed{k}.png"]) == 0
+        assert np.array_equal(pixels(f"bag-seed{k}.png"), pixels(f"bag-seed{k}-again.png"))
+    assert not np.array_equal(pixels("bag-seed0.png"), pixels("bag-seed1.png"))
 
 
 def test_dtype_and_device_are_options_and_stored(
@@ -115,7 +115,7 @@ def test_the_pictures_are_those_of_the_library(tiny: Path) -> None:
         == 0
     )
     for k, picture in enumerate(load(tiny).generate("bag", n=2, steps=4, seed=8)):
-        assert np.array_equal(pixels(f"bag-{k}.png"), np.asarray(picture))
+        assert np.array_equal(pixels(f"bag-seed{8 + k}.png"), np.asarray(picture))
 
 
 def test_a_picture_remembers_its_tuned_times_and_its_guidance(tiny: Path, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_picture_remembers_its_tuned_times_and_its_guidance(tiny: Path, tmp_pa
 
 def test_the_models_defaults_are_written_down(tiny: Path) -> None:
     assert main(["generate", "--model", str(tiny), "--n", "1"]) == 0
-    recorded = read_parameters("sfumato.png")
+    recorded = read_parameters("sfumato-seed0.png")
     expected = {
         "prompt": None,
         "n": 1,
@@ -180,9 +180,12 @@ def test_another_models_picture_is_refused(
     with torch.no_grad():
         next(iter(model.denoiser.network.parameters())).view(-1)[0] += 1e-3
     model.save(tmp_path / "other")
-    assert main(["generate", "--from", "boot.png", "--model", "other"]) == 2
+    assert main(["generate", "--from", "boot-seed0.png", "--model", "other"]) == 2
     assert "--allow-other-model" in capsys.readouterr().err
-    assert main(["generate", "--from", "boot.png", "--model", "other", "--allow-other-model"]) == 0
+    assert (
+        main(["generate", "--from", "boot-seed0.png", "--model", "other", "--allow-other-model"])
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,7 +196,7 @@ def test_another_models_picture_is_refused(
         ("boot --height 0", "height 0"),
         ("boot --guidance -1", "guidance=-1"),
         ("boot --negative-prompt boat", "'boot'"),
-        ("boot --seed 9223372036854775807", "seed=9223372036854775807"),
+        ("boot --seed 18446744073709551616", "seed=18446744073709551616"),
         ("boot --model nowhere", "'nowhere'"),
     ],
 )
@@ -406,6 +409,7 @@ def test_evaluate_holds_out_the_images_of_the_recipe(
                 "2",
                 "--test-split",
                 "validation",
+                "--overwrite",
             ]
         )
         == 2

@@ -181,11 +181,11 @@ def test_a_series_between_pictures(tiny: Path) -> None:
         )
         == 0
     )
-    result = cells("a-interpolate.png", 12, 4, 20, 16)  # too many for one row
+    result = cells("a-interpolate-seed0.png", 12, 4, 20, 16)  # too many for one row
     for one, name in ((result[0], "a.png"), (result[-1], "b.png")):
         request = image_to_image(model, Image.open(name), replace(words, n=1), strength=0.3)
         assert np.array_equal(one, pixels(model.run(request)[0]))
-    noted = read_parameters("a-interpolate.png")
+    noted = read_parameters("a-interpolate-seed0.png")
     assert (noted["picture"], noted["to_picture"], noted["strength"], noted["way"]) == (
         "a.png",
         "b.png",
@@ -251,7 +251,7 @@ def test_a_second_model_finishes(tiny: Path, tmp_path: Path) -> None:
     )
     assert read_parameters("self.png")["handover"] == 0.8
     model.save("second")
-    assert main(["generate", "--from", "r.png", "--out", "again.png"]) == 2, (
+    assert main(["generate", "--from", "r.png", "--out", "other.png"]) == 2, (
         "another refiner has taken its place"
     )
 
@@ -309,7 +309,10 @@ def test_a_second_model_finishes(tiny: Path, tmp_path: Path) -> None:
             ["interpolate", "boot", "bag", "--n", "1"],
             "--n 1 is too small: expected a whole number of at least 2",
         ),
-        (["interpolate", "boot", "--to-seed", "-1"], "--to-seed -1 is too small"),
+        (
+            ["interpolate", "boot", "--to-seed", "-1"],
+            "--to-seed=-1: expected a whole number from 0",
+        ),
         (["interpolate", "boot", "bag", "--strength", "0.5"], "--strength 0.5 without --images"),
         (["interpolate", "boot", "bag", "--way", "noise"], "--way noise without --images"),
         (["interpolate", "boot", "bag", "--height", "0"], "--height 0 is too small"),

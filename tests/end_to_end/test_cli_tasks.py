@@ -59,7 +59,7 @@ def test_inpainting_keeps_every_other_pixel(tiny: Path) -> None:
     photo, mask, made = (
         pixels("photo.png"),
         pixels("mask.png"),
-        [pixels(f"photo-inpaint-{k}.png") for k in (0, 1)],
+        [pixels(f"photo-inpaint-seed{k}.png") for k in (3, 4)],
     )
     for one in made:
         assert one.shape == photo.shape and np.array_equal(one[mask == 0], photo[mask == 0])
@@ -67,7 +67,7 @@ def test_inpainting_keeps_every_other_pixel(tiny: Path) -> None:
     assert not np.array_equal(*made)
     between = np.abs(made[0] - photo)[mask == 128].mean()
     assert 0 < between < np.abs(made[0] - photo)[mask == 255].mean(), "grey is blended"
-    noted = read_parameters("photo-inpaint-1.png")
+    noted = read_parameters("photo-inpaint-seed4.png")
     assert (
         noted["task"],
         noted["mask"],
@@ -110,7 +110,7 @@ def test_pictures_of_tasks_are_not_made_again_by_generate(
     tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["edit", "photo.png", "boot", "--model", str(tiny)]) == 0
-    assert main(["generate", "--from", "photo-edit.png"]) == 2
+    assert main(["generate", "--from", "photo-edit-seed0.png"]) == 2
     assert "was made by `sfumato edit` from 'photo.png'" in capsys.readouterr().err
 
 
@@ -162,7 +162,7 @@ def test_editing_follows_its_strength(tiny: Path) -> None:
         == 0
     )
     expected = model.run(image_to_image(model, picture, words, strength=0.3))[0]
-    assert np.array_equal(pixels("photo-edit.png"), np.asarray(expected)), (
+    assert np.array_equal(pixels("photo-edit-seed0.png"), np.asarray(expected)), (
         "the command is the library's task"
     )
 
@@ -170,7 +170,7 @@ def test_editing_follows_its_strength(tiny: Path) -> None:
 def test_outpainting_keeps_the_picture(tiny: Path) -> None:
     sides = ["--left", "3", "--top", "2", "--bottom", "4", "--right", "1"]
     assert main(["outpaint", "photo.png", "bag", "--model", str(tiny), *sides]) == 0
-    made, photo = pixels("photo-outpaint.png"), pixels("photo.png")
+    made, photo = pixels("photo-outpaint-seed0.png"), pixels("photo.png")
     assert made.shape == (15 + 6, 21 + 4) and np.array_equal(made[2:17, 3:24], photo)
     assert made[:2].std() > 0 and made[:, :3].std() > 0
     assert (
@@ -293,7 +293,7 @@ def test_enlarging_keeps_the_composition(tiny: Path) -> None:
         )
         == 0
     )
-    assert pixels("photo-upscale.png").shape == (22, 32)
+    assert pixels("photo-upscale-seed0.png").shape == (22, 32)
     large = picture.resize((32, 22), Image.Resampling.BICUBIC)
     z = model.compress(to_tensor(large))
     words = Request("boot", steps=20, guidance=1.0)

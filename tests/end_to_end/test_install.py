@@ -204,13 +204,13 @@ def test_the_wheel_alone_draws_a_sandal(installed: Path, tmp_path: Path) -> None
             "the bundled model src/sfumato/bundled/fashion has not been trained into this checkout"
         )
     out = run(installed / "sfumato", "generate", "sandal", "--n", "4", cwd=tmp_path).stdout
-    assert out.splitlines()[0] == "sandal.png"
-    with Image.open(tmp_path / "sandal.png") as picture:
+    assert out.splitlines()[0] == "sandal-seed0.png"
+    with Image.open(tmp_path / "sandal-seed0.png") as picture:
         low, high = picture.convert("L").getextrema()
         assert high - low > 100, "the picture is flat"
         first = picture.tobytes()
-    run(installed / "sfumato", "generate", "--from", "sandal.png", cwd=tmp_path)
-    with Image.open(tmp_path / "sandal-again.png") as picture:
+    run(installed / "sfumato", "generate", "--from", "sandal-seed0.png", cwd=tmp_path)
+    with Image.open(tmp_path / "sandal-seed0-again.png") as picture:
         assert picture.tobytes() == first
 
 

@@ -19,9 +19,33 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def unset(default: str, help: str | None = None) -> Any:
+def unset(default: str, help: str | None = None, metavar: str | None = None) -> Any:
     """Show `default` in the help of a flag whose default is None or empty."""
-    return tyro.conf.arg(help=help, help_behavior_hint=f"(default: {default})")
+    return tyro.conf.arg(help=help, metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
+def _seed(words: list[str]) -> int:
+    if words[0] == "random":
+        from sfumato.diffuse.seeds import random_seed
+
+        return random_seed()
+    try:
+        return int(words[0])
+    except ValueError:
+        raise ValueError(f"expected a whole number or random, got {words[0]!r}") from None
+
+
+Seed = Annotated[
+    int,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT|random",
+        instance_from_str=_seed,
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+"""A seed on the command line; random is drawn here, so that it is recorded as a number."""
 
 
 MODELS = "the model's"
@@ -140,12 +164,16 @@ class RunOptions:
     """Prompt for the second text encoder (SDXL, SD 3, FLUX.1)."""
     negative_prompt_2: Annotated[str | None, unset("the negative prompt")] = None
     """Negative prompt for the second text encoder."""
-    seed: int = 0
-    """Seed of the first image. The same seed gives the same image."""
-    out: Annotated[Path | None, unset("NAME-COMMAND.png in the current folder")] = None
-    """PNG to write, or a folder for it."""
+    seed: Seed = 0
+    """Seed of the first image, below 2^64, or random. The same seed gives the same image."""
+    out: Annotated[
+        str | None, unset("NAME-COMMAND-seedSEED.png in the current folder", metavar="PATH")
+    ] = None
+    """New PNG to write, or a folder for it, which is made where the name ends in /."""
+    overwrite: bool = False
+    """Replace files of the same names. Else --out is refused and other names get numbers."""
     grid: bool = False
-    """One PNG with all images, instead of NAME-0.png, NAME-1.png, ..."""
+    """One PNG with all images, instead of one an image (NAME-seed0.png, NAME-seed1.png, ...)."""
     threads: Annotated[int | None, unset("all cores")] = None
     """Number of CPU threads."""
     dtype: Annotated[Precision | None, unset("fp32")] = None

@@ -1,15 +1,17 @@
 """Output of commands: PNG files and their names, clocks, progress, sizes."""
 
+import itertools
 import os
-import re
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato.errors import UserError
+from sfumato.errors import UserError, quoted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,41 +20,139 @@ if TYPE_CHECKING:
     from sfumato.model import LatentDiffusion
 
 
-def target(out: Path | None, name: str) -> Path:
-    """Path of the PNG to write.
+@dataclass(frozen=True)
+class Target:
+    """Names of the PNG files of a run: none replaces an older file unless that is meant.
+
+    Attributes:
+        path: The PNG, or the first of several.
+        named: --out has its name: several files are numbered NAME-0.png, NAME-1.png ... Else they
+            are named after their seeds, and files of the same names are left, with a number added.
+        overwrite: Replace files of the same names.
+        seed: Seed in the name of the first image; None: images are numbered.
+    """
+
+    path: Path
+    named: bool
+    overwrite: bool
+    seed: int | None = None
+
+    def files(self, count: int | None, several: bool) -> list[Path]:
+        """The files of a run.
+
+        Args:
+            count: Number of images; None: not known yet, the first one's file.
+            several: A file an image, instead of one for all.
+
+        Raises:
+            UserError: For a name of --out that is taken.
+        """
+        if self.named:
+            files = [self.path]
+            if several:
+                files = [_suffixed(self.path, str(k)) for k in range(count or 1)]
+            taken = next((file for file in files if os.path.lexists(file)), None)
+            if taken is not None and not self.overwrite:
+                raise UserError(
+                    f"{taken} exists and is left as it is: choose another --out, "
+                    "or add --overwrite to replace it"
+                )
+            return files
+        for number in itertools.count(1):
+            files = self._default_files(count or 1, several, number)
+            if self.overwrite or not any(map(os.path.lexists, files)):
+                return files
+        raise AssertionError
+
+    def _default_files(self, count: int, several: bool, number: int) -> list[Path]:
+        """The files of the run of this number among those of the same names."""
+        if not several:
+            files = [self.path if self.seed is None else _suffixed(self.path, f"seed{self.seed}")]
+        elif self.seed is None:
+            files = [_suffixed(self.path, str(k)) for k in range(count)]
+        else:
+            files = [_suffixed(self.path, f"seed{self.seed + k}") for k in range(count)]
+        return files if number == 1 else [_suffixed(file, str(number)) for file in files]
+
+
+def _suffixed(path: Path, suffix: str) -> Path:
+    return path.with_name(f"{path.stem}-{suffix}{path.suffix}")
+
+
+_OTHER_ENDINGS = set(
+    ".jpg .jpeg .jfif .jpe .jp2 .jxl .webp .avif .heic .heif .gif .bmp .tif .tiff .ppm .tga .svg "
+    ".pdf .mp4 .webm .json .txt .html .safetensors".split()
+)
+"""Endings of other kinds of files. Others belong to the name: v1.5 becomes v1.5.png."""
+_LONGEST = 220
+"""Bytes of a name. File systems allow 255; numbers and temporary names come on top."""
+
+
+def target(out: str | None, name: str, overwrite: bool = False, seed: int | None = None) -> Target:
+    """Choose the names of the PNG files to write.
 
     Args:
-        out: Value of --out: None, a file or a folder.
+        out: Value of --out: None, a file, or a folder, which may be missing where it ends in "/".
         name: Name of the file if `out` has none, without its ending.
+        overwrite: Replace files of the same names.
+        seed: Seed of the first image, for names that `out` lacks; None: images are numbered.
 
     Raises:
         UserError: For another ending, or a place that cannot be written to.
     """
     if out is None:
-        return Path(f"{name}.png")
-    if out.is_dir():
-        return out / f"{name}.png"
-    if out.suffix.lower() not in ("", ".png"):
+        return Target(Path(f"{name}.png"), False, overwrite, seed)
+    path = Path(os.path.expanduser(out))
+    # pathlib drops the slash at the end, and the dot
+    last = out.replace(os.sep, "/").rsplit("/", 1)[-1]
+    try:
+        folder = last in ("", ".", "..") or path.is_dir()
+        if folder:
+            path = path / f"{name}.png"
+        elif path.suffix.lower() in _OTHER_ENDINGS:
+            raise UserError(
+                f"--out {out} ends in {path.suffix}: images are written as PNG, "
+                f"which keeps parameters; name it {path.with_suffix('.png')}"
+            )
+        elif path.suffix.lower() != ".png":
+            path = path.with_name(f"{path.name}.png")
+        if len(os.fsencode(path.name)) > _LONGEST:
+            raise UserError(
+                f"--out {quoted(out)} has a name of {len(os.fsencode(path.name))} bytes: "
+                f"expected at most {_LONGEST}, file systems allow little more"
+            )
+        parent = next((p for p in path.absolute().parents if os.path.lexists(p)), Path("/"))
+        usable = parent.is_dir() and os.access(parent, os.W_OK)
+        odd = path.exists() and not path.is_file()
+    except OSError as error:
         raise UserError(
-            f"--out {out} ends in {out.suffix}: images are written as PNG, "
-            f"which keeps parameters; name it {out.with_suffix('.png')}"
-        )
-    parent = next((p for p in out.absolute().parents if p.exists()), Path("/"))
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+            f"--out {quoted(out)} cannot be used ({error.strerror}): choose another place"
+        ) from error
+    if not usable or odd:
+        wrong = f"{path} is not a file" if usable else f"{parent} is not a folder"
         raise UserError(
-            f"--out {out} cannot be written: {parent} is not a folder that you may write to; "
-            "choose another place"
+            f"--out {out} cannot be written: {wrong} that you may write to; choose another place"
         )
-    return out if out.suffix else out.with_name(out.name + ".png")
+    return Target(path, not folder, overwrite, None if not folder else seed)
 
 
 def slug(prompt: str | None) -> str:
     """A file name for a prompt: 'Ankle boot, red!' -> 'ankle-boot-red'."""
-    words = re.sub(r"[\W_]+", "-", (prompt or "").lower()).strip("-")
-    # file systems allow 255 bytes, numbers and temporary names come on top
-    while len(words.encode()) > 100:
-        words = words[:-1]
-    return words.strip("-") or "sfumato"
+    text = unicodedata.normalize("NFC", prompt or "").lower()
+    # letters, numbers, and the marks without which some scripts cannot be read
+    kept = (c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text)
+    return short("-".join("".join(kept).split())).strip("-") or "sfumato"
+
+
+def short(name: str) -> str:
+    """The beginning of a name, of at most 100 bytes, as far as the file system can spell it."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # a system whose names are ASCII
+        name = name.encode("ascii", "ignore").decode()
+    while len(os.fsencode(name)) > 100:
+        name = name[:-1]
+    return name
 
 
 def provenance(name: str, model: "LatentDiffusion") -> dict[str, Any]:
@@ -71,7 +171,7 @@ def provenance(name: str, model: "LatentDiffusion") -> dict[str, Any]:
 
 
 def write_images(
-    path: Path,
+    target: Target,
     images: "Sequence[Image]",
     parameters: Mapping[str, Any],
     grid: bool,
@@ -81,28 +181,48 @@ def write_images(
     """Write images with their parameters inside.
 
     Args:
-        path: The PNG; the numbers of several files are added to its name.
+        target: Names of the PNG files.
         images: At least one.
         parameters: Written into each PNG, with the image's index if each has its own file.
         grid: Write one PNG with all images.
         columns: Columns of the grid; None: square.
-        numbered: Add its number to the name of a single file too.
+        numbered: Add its number to the name of a single file of --out too.
 
     Returns:
         The files written.
     """
     from sfumato.images import grid as arrange
-    from sfumato.images import write_png
 
     if grid:
-        return [write_png(path, arrange(images, columns), parameters)]
-    files = [path.with_name(f"{path.stem}-{k}.png") for k in range(len(images))]
-    if len(images) == 1 and not numbered:
-        files = [path]
+        (file,) = free_files(target, 1, several=False)
+        return [write_image(file, arrange(images, columns), parameters, target.overwrite)]
+    several = numbered or len(images) > 1
     return [
-        write_png(file, image, {**parameters, "index": k})
-        for k, (file, image) in enumerate(zip(files, images, strict=True))
+        write_image(file, image, {**parameters, "index": k}, target.overwrite)
+        for k, (file, image) in enumerate(
+            zip(free_files(target, len(images), several), images, strict=True)
+        )
     ]
+
+
+def free_files(target: Target, count: int, several: bool) -> list[Path]:
+    """The files of a run that has ended: names of --out that were taken meanwhile get numbers."""
+    try:
+        return target.files(count, several)
+    except UserError:
+        return replace(target, overwrite=True).files(count, several)
+
+
+def write_image(path: Path, image: "Image", parameters: Mapping[str, Any], overwrite: bool) -> Path:
+    """Write a PNG; NAME-2.png, NAME-3.png ... where the name is taken, also at this moment."""
+    from sfumato.images import write_png
+
+    for number in itertools.count(1):
+        file = path if number == 1 else _suffixed(path, str(number))
+        if overwrite or not os.path.lexists(file):
+            with suppress(FileExistsError):
+                return write_png(file, image, parameters, replace=overwrite)
+    raise AssertionError
 
 
 def read_image(path: Path) -> "Image":

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 from sfumato.cli._options import RunOptions, TaskOptions, at_least, recorded
 from sfumato.cli._output import (
     Clock,
+    Target,
     provenance,
     read_image,
     sampling_progress,
+    short,
     target,
     write_images,
 )
+from sfumato.validate import seed_number
 
 if TYPE_CHECKING:
     from sfumato.model import LatentDiffusion
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 def run_task(options: TaskOptions) -> None:
     """Run a task on an image and write the result; the command is called as its class."""
     clock, name = Clock(), type(options).__name__.lower()
-    base = check_options(options, f"{options.image.stem}-{name}")
+    base = check_options(options, f"{short(options.image.stem)}-{name}")
     image, own = read_image(options.image), source_parameters(options.image)
     settings = options.settings()
     for key, value in settings.items():
@@ -44,23 +47,35 @@ def run_task(options: TaskOptions) -> None:
     )
 
 
-def check_options(options: RunOptions, name: str) -> Path:
+def check_options(
+    options: RunOptions, name: str, numbered: bool = False, by_seed: bool = True
+) -> Target:
     """Check options before torch is imported.
 
+    Args:
+        options: The options.
+        name: Name of the files that --out does not name.
+        numbered: Whether a single file of --out gets a number too.
+        by_seed: Whether images have the seeds seed, seed + 1, ..., for the names of their files.
+
     Returns:
-        The PNG to write.
+        The names of the PNG files to write.
 
     Raises:
-        UserError: For a number below the least, a memory limit that is no size, or a place that
-            cannot be written to.
+        UserError: For a number below the least, a memory limit that is no size, a name of --out
+            that is taken, or a place that cannot be written to.
     """
     from sfumato.io.host_memory import parse_size
 
     at_least(options, 1, "n", "steps", "threads")
-    at_least(options, 0, "seed")
+    n = options.n if isinstance(options.n, int) else 1
+    seed_number("--seed", options.seed, n if by_seed else 1)
     if options.memory is not None:
         parse_size(options.memory)
-    return target(options.out, name)
+    several = not options.grid and (numbered or n > 1)
+    base = target(options.out, name, options.overwrite, options.seed if by_seed else None)
+    base.files(n, several)
+    return base
 
 
 def source_parameters(image: Path) -> dict[str, Any]:
@@ -89,7 +104,7 @@ def set_threads(threads: int | None, previous: Any = None) -> None:
 def run_request(
     name: str,
     options: RunOptions,
-    base: Path,
+    base: Target,
     own: dict[str, Any],
     prepare: Callable[["LatentDiffusion", "Request"], "Request | Plan"],
     clock: Clock,
@@ -100,7 +115,7 @@ def run_request(
     Args:
         name: Name of the command.
         options: Options of the command line.
-        base: The PNG to write.
+        base: The names of the PNG files to write.
         own: The command's own settings, recorded in the PNG files.
         prepare: Model and plain request -> request or plan.
         clock: Started with the command, before images are read.
@@ -131,12 +146,13 @@ def run_request(
         **own,
         **provenance(options.model, model),
     }
-    report_written(write_images(base, images, parameters, options.grid, columns), images, clock)
+    written = write_images(base, images, parameters, options.grid, columns)
+    report_written(written, len(images), options.seed, clock)
 
 
-def report_written(written: list[Path], images: list[Any], clock: Clock) -> None:
-    """Print the files written and the time spent."""
+def report_written(written: list[Path], count: int, seed: int, clock: Clock) -> None:
+    """Print the files written, the seed of the first image and the time spent."""
     clock.lap("write")
     for path in written:
         print(path)
-    print(f"{len(images)} image{'s' if len(images) > 1 else ''} in {clock}")
+    print(f"{count} image{'s' if count > 1 else ''} from seed {seed} in {clock}")

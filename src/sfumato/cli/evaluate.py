@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from sfumato.cli._options import MODELS, at_least, load_guide_model, parse, unset
+from sfumato.cli._options import MODELS, Seed, at_least, load_guide_model, parse, unset
 from sfumato.cli._output import Clock, progress
 from sfumato.cli._run import set_threads
 from sfumato.errors import UserError
+from sfumato.validate import seed_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,8 +50,8 @@ class Evaluate:
     """Number of sampling steps without a class."""
     batch: int = 250
     """Number of samples drawn at a time."""
-    seed: int = 0
-    """Seed of the first sample. Sample k is drawn from seed + k."""
+    seed: Seed = 0
+    """Seed of the first sample, or random. Sample k is drawn from seed + k."""
     steps: Annotated[int | None, unset(MODELS)] = None
     """Number of sampling steps."""
     sampler: Annotated[str | None, unset(MODELS)] = None
@@ -68,7 +69,9 @@ class Evaluate:
     limit: Annotated[int | None, unset("all")] = None
     """Number of images of each split, the first ones."""
     out: Path = Path()
-    """Folder for report.json and report.html."""
+    """Folder for report.json and report.html, which it must not hold yet."""
+    overwrite: bool = False
+    """Replace the report that --out holds."""
     threads: Annotated[int | None, unset("all cores")] = None
     """Number of CPU threads."""
 
@@ -79,7 +82,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     options = parse(Evaluate, arguments, "evaluate")
     at_least(options, 1, "batch", "steps", "unconditional_steps", "limit", "threads")
     at_least(options, 6, "samples")  # k + 1 neighbours
-    at_least(options, 0, "seed")
+    seed_number("--seed", options.seed, max(options.samples, options.unconditional_samples))
     if options.unconditional_samples and options.unconditional_samples < 6:
         raise UserError(
             f"--unconditional-samples {options.unconditional_samples} is too small: "
@@ -88,6 +91,12 @@ def evaluate(arguments: Sequence[str]) -> None:
     if options.out.exists() and not options.out.is_dir():
         raise UserError(
             f"--out {options.out} is a file: expected a folder for report.json and report.html"
+        )
+    older = [options.out / name for name in ("report.json", "report.html")]
+    if not options.overwrite and (taken := next((f for f in older if f.exists()), None)):
+        raise UserError(
+            f"{taken} is the report of an earlier run and is left as it is: "
+            "choose another --out, or add --overwrite to replace it"
         )
 
     from rich.console import Console

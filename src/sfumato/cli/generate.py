@@ -13,17 +13,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from sfumato.cli._options import MODELS, RunOptions, at_least, parse, recorded, refuse, unset
+from sfumato.cli._options import (
+    MODELS,
+    RunOptions,
+    Seed,
+    at_least,
+    parse,
+    recorded,
+    refuse,
+    unset,
+)
 from sfumato.cli._output import (
     Clock,
+    free_files,
     provenance,
     readable_size,
     sampling_progress,
+    short,
     slug,
+    write_image,
     write_images,
 )
 from sfumato.cli._run import check_options, report_written, set_threads
 from sfumato.errors import UserError
+from sfumato.validate import seed_number
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,16 +61,18 @@ class Generate(RunOptions):
     """Width in pixels."""
     variation_strength: Annotated[float | None, unset("off")] = None
     """Vary the image of --seed: 0 is that image, 1 others; 0.1 to 0.3 keeps its subject."""
-    variation_seed: Annotated[int | None, unset("seed + 1")] = None
+    variation_seed: Annotated[Seed | None, unset("seed + 1")] = None
     """Seed of the variations: image k moves towards that of variation-seed + k."""
     refiner: Annotated[str | None, unset("none")] = None
     """Second model that finishes the images with the same settings, such as SDXL's refiner."""
     handover: Annotated[float | None, unset("0.8")] = None
     """With --refiner: share of the process that the first model runs, in (0, 1)."""
-    out: Annotated[Path | None, unset("PROMPT.png in the current folder")] = None
-    """PNG to write, or a folder for it."""
+    out: Annotated[
+        str | None, unset("PROMPT-seedSEED.png in the current folder", metavar="PATH")
+    ] = None
+    """New PNG to write, or a folder for it, which is made where the name ends in /."""
     grid: bool = True
-    """One PNG with all images, instead of NAME-0.png, NAME-1.png, ..."""
+    """One PNG with all images, instead of one an image (NAME-seed0.png, NAME-seed1.png, ...)."""
     source: Annotated[
         Path | None, tyro.conf.arg(name="from", metavar="PNG", help_behavior_hint="")
     ] = None
@@ -115,10 +130,9 @@ def generate(arguments: Sequence[str]) -> None:
             index = previous.get("index")
     _check(options)
     options = _fill_dependent(options)
-    name = slug(options.prompt) if options.source is None else f"{options.source.stem}-again"
-    base = check_options(options, name)
-
-    from sfumato.images import write_png
+    again = options.source is not None
+    name = f"{short(options.source.stem)}-again" if options.source else slug(options.prompt)
+    base = check_options(options, name, numbered=index is None, by_seed=not again)
 
     set_threads(options.threads, previous.get("threads"))
     clock.lap("import")
@@ -145,10 +159,11 @@ def generate(arguments: Sequence[str]) -> None:
         **provenance(options.model, model),
     }
     if index is not None:
-        written = [write_png(base, images[index], parameters)]
+        (file,) = free_files(base, 1, several=False)
+        written = [write_image(file, images[index], parameters, options.overwrite)]
     else:
         written = write_images(base, images, parameters, options.grid, numbered=True)
-    report_written(written, images, clock)
+    report_written(written, len(images), options.seed, clock)
     if options.memory is not None:
         print(f"at most {_peak(options.device)} of memory")
 
@@ -281,6 +296,8 @@ def _check(options: Generate) -> None:
             f"--handover {options.handover}: expected a number above 0 and below 1, "
             "the share of the first model"
         )
+    if options.variation_seed is not None:
+        seed_number("--variation-seed", options.variation_seed, options.n)
     strength = options.variation_strength
     if strength is None:
         reason = " without --variation-strength: say how far to go there, 0.2 is a little"

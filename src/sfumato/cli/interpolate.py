@@ -7,10 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from sfumato.cli._options import MODELS, RunOptions, at_least, parse, recorded, refuse, unset
-from sfumato.cli._output import Clock, read_image, slug
+from sfumato.cli._options import (
+    MODELS,
+    RunOptions,
+    Seed,
+    at_least,
+    parse,
+    recorded,
+    refuse,
+    unset,
+)
+from sfumato.cli._output import Clock, read_image, short, slug
 from sfumato.cli._run import check_options, run_request, source_parameters
 from sfumato.errors import UserError
+from sfumato.validate import seed_number
 
 if TYPE_CHECKING:
     from sfumato.model import LatentDiffusion
@@ -28,7 +38,7 @@ class Interpolate(RunOptions):
     """Prompt of the first image, or the name of a class."""
     to_prompt: tyro.conf.Positional[Annotated[str | None, unset("the same")]] = None
     """Prompt of the last image."""
-    to_seed: Annotated[int | None, unset("the same")] = None
+    to_seed: Annotated[Seed | None, unset("the same")] = None
     """Seed of the last image; that of the first is --seed."""
     images: Annotated[tuple[Path, Path] | None, unset("none")] = None
     """Two images of one size, the ends of the series."""
@@ -43,14 +53,14 @@ class Interpolate(RunOptions):
     width: Annotated[int | None, unset(MODELS)] = None
     """Width in pixels."""
     grid: bool = True
-    """One PNG with all images, instead of NAME-0.png, NAME-1.png, ..."""
+    """One PNG with all images, instead of NAME-seedSEED-0.png, NAME-seedSEED-1.png, ..."""
 
 
 def interpolate(arguments: Sequence[str]) -> None:
     """Generate a series of images from one prompt, seed or image to another."""
     clock, options = Clock(), parse(Interpolate, arguments, "interpolate")
-    stem = options.images[0].stem if options.images else slug(options.prompt)
-    base = check_options(options, f"{stem}-interpolate")
+    stem = short(options.images[0].stem) if options.images else slug(options.prompt)
+    base = check_options(options, f"{stem}-interpolate-seed{options.seed}", by_seed=False)
     _check(options)
     ends = recorded(options, ("to_prompt", "to_seed"))
     own: dict[str, Any] = dict(ends)
@@ -78,7 +88,8 @@ def _check(options: Interpolate) -> None:
     """Check options before torch is imported."""
     at_least(options, 2, "n")
     at_least(options, 1, "height", "width")
-    at_least(options, 0, "to_seed")
+    if options.to_seed is not None:
+        seed_number("--to-seed", options.to_seed)
     if options.images is None:
         reason = " without --images: it is for a series between images"
         refuse(options, reason, "strength", "way")

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import tyro
 
-from sfumato.cli._options import MODELS, at_least, parse, unset
+from sfumato.cli._options import MODELS, Seed, at_least, parse, unset
 from sfumato.cli._output import Clock, progress
 from sfumato.cli._run import set_threads
 from sfumato.errors import UserError
+from sfumato.validate import seed_number
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,12 @@ class TuneTimesteps:
     """Number of steps of the run that counts as exact."""
     iterations: int = 6
     """Rounds of the search: each costs about twice as many runs as there are steps."""
-    seed: int = 0
-    """Seed of the first image."""
+    seed: Seed = 0
+    """Seed of the first image, or random."""
     out: Annotated[Path | None, unset("the model's own folder")] = None
-    """Folder for a copy with the new timesteps; required unless MODEL is a folder."""
+    """New folder for a copy with the new timesteps; required unless MODEL is a folder."""
+    overwrite: bool = False
+    """Replace the model that --out names."""
     threads: Annotated[int | None, unset("all cores")] = None
     """Number of CPU threads."""
 
@@ -50,7 +53,8 @@ def tune_timesteps(arguments: Sequence[str]) -> None:
     clock = Clock()
     options = parse(TuneTimesteps, arguments, "tune-timesteps")
     at_least(options, 2, "images", "steps")
-    at_least(options, 0, "seed", "iterations")
+    at_least(options, 0, "iterations")
+    seed_number("--seed", options.seed, 2 * options.images)
     at_least(options, 1, "threads")
     if not options.steps:
         raise UserError("--steps is empty: expected one number of steps, or several")
@@ -59,6 +63,14 @@ def tune_timesteps(arguments: Sequence[str]) -> None:
         raise UserError(
             f"{options.model!r} is not a folder that can keep the times: "
             "add --out FOLDER for a copy of the model with them"
+        )
+
+    out = options.out
+    taken = out is not None and out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    if taken and not options.overwrite:
+        raise UserError(
+            f"--out {out} exists and is left as it is: choose another name, "
+            "or add --overwrite to replace the model there"
         )
 
     from rich.console import Console

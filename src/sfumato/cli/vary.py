@@ -20,7 +20,7 @@ class Vary(TaskOptions):
     way: str = "noise"
     """noise: add noise to the image; inversion: change the noise from which ddim draws it."""
     grid: bool = True
-    """One PNG with all images, instead of NAME-0.png, NAME-1.png, ..."""
+    """One PNG with all images, instead of one an image (NAME-seed0.png, NAME-seed1.png, ...)."""
 
 
 def vary(arguments: Sequence[str]) -> None:

@@ -102,11 +102,17 @@ def _exchange(a: Path, b: Path) -> bool:
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary path, renamed to `path` after the block and removed on errors.
+
+    Args:
+        path: the file.
+        replace: False leaves an older file of that name as it is, also one that another process
+            writes at the same moment.
 
     Raises:
         NotWritten: the file cannot be written.
+        FileExistsError: there is a file of that name, and `replace` is False.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,13 +120,33 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         _sync(temporary)
+        if not replace:
+            _claim(temporary, path)
         os.replace(temporary, path)
         _sync(path.parent)
+    except FileExistsError as error:
+        if replace:
+            raise NotWritten(path, error) from error
+        raise
     except OSError as error:
         raise NotWritten(path, error) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _claim(file: Path, name: Path) -> None:
+    """Give a file a second name that is free; of several processes one succeeds.
+
+    Raises:
+        FileExistsError: the name is taken.
+    """
+    try:
+        os.link(file, name)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links: an empty file holds the name
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
 
 
 @contextmanager
