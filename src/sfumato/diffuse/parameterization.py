@@ -8,7 +8,8 @@ eps: Ho et al. 2020; v: Salimans & Ho 2022, arXiv:2202.00512, appendix D; flow e
 al. 2023, arXiv:2210.02747. edm (Karras et al. 2022, arXiv:2206.00364, eq. 7 and table 1) for any
 (alpha, sigma), with S^2 = alpha^2 d^2 + sigma^2 and d the data's standard deviation: D = (alpha d^2
 x + sigma d S y) / S^2 is the row (sigma/(d S), -alpha d/S), and the network's input is x/S. det =
--S/d is never zero.
+-S/d is never zero. consistency: the same with the boundary condition of Song et al. 2023
+(arXiv:2303.01469, appendix C).
 """
 
 from collections.abc import Callable
@@ -92,6 +93,38 @@ def edm(sigma_data: float = 1.0, flipped: bool = False) -> Parameterization:
 
 
 PARAMETERIZATIONS["edm"] = edm()
+
+
+@dataclass(frozen=True)
+class _ConsistencyRow:
+    sigma_data: float
+    sigma_min: float
+
+    def __call__(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        # x0 = skip x + out y, solved for y; at sigma_min itself, where out is 0, next to it.
+        d, low = self.sigma_data, self.sigma_min
+        above = (sigma - low).clamp(min=1e-6 * low)
+        skip, out = d**2 / (above.square() + d**2), above * d / torch.hypot(sigma, d * alpha)
+        return (1 - skip * alpha) / out, -sigma * skip / out
+
+
+def consistency(sigma_data: float = 0.5, sigma_min: float = 0.002) -> Parameterization:
+    """Return the preconditioning of consistency models, of levels with alpha = 1.
+
+    x0 = d^2/((sigma - sigma_min)^2 + d^2) x + (sigma - sigma_min) d/S y: the identity at sigma_min.
+
+    Args:
+        sigma_data: d, the standard deviation of the data.
+        sigma_min: Noise level at which the results lie.
+
+    Raises:
+        UserError: For numbers that are not positive.
+    """
+    number_in("sigma_data", sigma_data, above=0, hint="the standard deviation of the data")
+    number_in("sigma_min", sigma_min, above=0)
+    return Parameterization(
+        "consistency", _ConsistencyRow(sigma_data, sigma_min), _EDMInput(sigma_data)
+    )
 
 
 def parameterization(name: str) -> Parameterization:

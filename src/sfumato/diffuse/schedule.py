@@ -361,6 +361,51 @@ class EDM(Continuous):
         return ((-log_snr.double() / 2 - math.log(self.sigma_max)) / self.rho).exp().clamp(0, 1)
 
 
+@dataclass(frozen=True)
+class ConsistencyEDM(EDM):
+    """EDM with the timestep 250 log(sigma) of consistency models.
+
+    (Song et al. 2023, arXiv:2303.01469; the authors' code.)
+    """
+
+    kind: str = "consistency_edm"
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """Return 250 log(sigma), at least that of sigma_min."""
+        return 1000 * super().timestep(t)
+
+    def time(self, timestep: Tensor) -> Tensor:
+        """Return the time of 250 log(sigma)."""
+        return super().time(timestep / 1000)
+
+
+@dataclass(frozen=True)
+class Trigonometric(Continuous):
+    """Trigonometric: alpha = cos(pi t/2), sigma = sin(pi t/2); the timestep is t.
+
+    (Salimans & Ho 2022, arXiv:2202.00512, section 3.)
+    """
+
+    kind: str = "trigonometric"
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cosine, exactly 0 at t = 1, and the sine."""
+        angle = t.double() * (math.pi / 2)
+        return (math.pi / 2 - angle).sin(), angle.sin()
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """Return t."""
+        return t.double()
+
+    def time(self, timestep: Tensor) -> Tensor:
+        """Return the timestep."""
+        return timestep.double()
+
+    def from_log_snr(self, log_snr: Tensor) -> Tensor:
+        """Return the angle whose tangent is the noise level, over pi/2."""
+        return (-log_snr.double() / 2).exp().atan() * (2 / math.pi)
+
+
 def _table(kind: str, betas: Tensor, start: float = 0.0001, end: float = 0.02) -> BetaTable:
     return BetaTable(tuple(betas.tolist()), kind, start, end)
 

@@ -7,9 +7,9 @@ the last 0. It is found by name in `SPACINGS`, which adds an option to all of th
 By time: "trailing", "leading" and "linspace" are the conventions named in Lin et al. 2023
 (arXiv:2305.08891, table 2); "beta" is Lee et al. 2024 (arXiv:2407.12173). By noise level
 sigma/alpha: "karras" (2022, arXiv:2206.00364, eq. 5) and "exponential"; where sigma/alpha is
-infinite at t = 1 (flows, zero terminal SNR) by sigma/(alpha + sigma), a flow's own t. By log-SNR:
-"log_snr" (Lu et al. 2022, arXiv:2206.00927, section 3.4). "align_your_steps": Sabour et al. 2024
-(arXiv:2404.14507).
+infinite at t = 1 (flows, zero terminal SNR) by sigma/(alpha + sigma), a flow's own t. "crash" is by
+the share of noise. By log-SNR: "log_snr" (Lu et al. 2022, arXiv:2206.00927, section 3.4).
+"align_your_steps": Sabour et al. 2024 (arXiv:2404.14507).
 """
 
 import inspect
@@ -25,7 +25,7 @@ import torch
 from sfumato.diffuse.schedule import NO_SIGNAL, Schedule
 from sfumato.diffuse.schedule_transforms import dynamic_shift, flux2_shift, shifted_time
 from sfumato.errors import UserError
-from sfumato.validate import number_in, one_of, positive_int
+from sfumato.validate import number_in, one_of, positive_int, whole_number
 
 # Timesteps of 1000 that the paper's authors published for ten steps of these models.
 ALIGN_YOUR_STEPS = {
@@ -231,6 +231,7 @@ def karras(
     end: float | None = None,
     between: str = "ends",
     offset: int = 0,
+    original: int = 0,
 ) -> list[float]:
     """Space noise levels whose rho-th roots are even, from `start` to `end`, then 0.
 
@@ -240,15 +241,21 @@ def karras(
         between: "ends"; or "leading" or "trailing": from the first to the last call of that
             spacing, as diffusers' Euler has it.
         offset: Of `leading`.
+        original: Number of levels of which every (original // steps)-th is taken, from `start` on,
+            as consistency models are sampled; 0: all.
     """
     number_in("rho", rho, above=0, hint="7 is Karras et al.'s")
+    whole_number("original", original, 0)
+    if original and steps > original:
+        raise UserError(f"steps={steps}: expected at most original={original} levels")
     start, end = _between(between, offset, steps, schedule, start, end)
 
     def level(high: float, low: float, u: float) -> float:
         root = low ** (1 / rho)
         return (root + u * (high ** (1 / rho) - root)) ** rho
 
-    return _by_level(_ramp(steps), schedule, start, end, level)
+    ramp = _ramp(original)[:: original // steps][:steps] if original else _ramp(steps)
+    return _by_level(ramp, schedule, start, end, level)
 
 
 def exponential(
@@ -296,6 +303,18 @@ def log_snr(
     levels = torch.linspace(a, b, steps - len(head), dtype=torch.float64)
     inner = schedule.from_log_snr(-2 * levels).tolist()
     return [*head, top, *inner[1:-1], low, 0.0]
+
+
+def crash(steps: int, schedule: Schedule, start: float = 1.0) -> list[float]:
+    """Space by sigma/sqrt(alpha^2 + sigma^2) = sin^2(pi u/2) for even u, dense at both ends.
+
+    (v-diffusion's "crash" schedule, and diffusers' IPNDM.)
+    """
+    alpha, sigma = schedule.point(start)
+    top = 2 / math.pi * math.asin(math.sqrt(sigma / math.hypot(alpha, sigma)))
+    shares = np.sin(np.arange(steps - 1, 0, -1) * (top / steps * math.pi / 2)) ** 2
+    levels = torch.from_numpy(shares / np.sqrt(1 - shares**2))
+    return [start, *schedule.from_log_snr(-2 * levels.log()).tolist(), 0.0]
 
 
 def align_your_steps(
@@ -364,7 +383,7 @@ SPACINGS = {"trailing": _with_clean(trailing), "uniform": _with_clean(trailing)}
     spacing.__name__: _with_clean(spacing)
     for spacing in (
         *(leading, linspace, shifted, dynamic, beta),
-        *(karras, exponential, log_snr, align_your_steps, lcm),
+        *(karras, exponential, log_snr, crash, align_your_steps, lcm),
     )
 }
 """Spacings by name; "uniform" is another name of even times from `start` to 0."""
