@@ -48,6 +48,7 @@ def deis(
     order: int = 2,
     lower_order_final: bool = True,
     lower_below: int = 0,
+    last_order: int = 1,
 ) -> Run:
     """Call the network once a step.
 
@@ -55,8 +56,11 @@ def deis(
         order: From 1 (DDIM) to 4.
         lower_order_final: Lower the order over the last steps, which is stabler.
         lower_below: Do so in runs of fewer steps than this (diffusers: 15).
+        last_order: Order of the last step where the order is lowered, one less than of the step
+            before it.
     """
     whole_number("order", order, 1, 4)
+    whole_number("last_order", last_order, 1, 4)
     history: list[tuple[Tensor, float]] = []  # (eps, log rho), the latest first
     count = len(times) - 1
     lower = lower_order_final or count < lower_below
@@ -67,7 +71,7 @@ def deis(
             x = ddim_step(prediction, there)
             continue
         history = [(prediction.eps, math.log(here[1] / here[0])), *history][:order]
-        used = history[: min(order, count - index) if lower else order]
+        used = history[: min(order, count - index - 1 + last_order) if lower else order]
         if len(used) == 1:
             x = exp_step_eps(x, prediction.eps, here, there)
             continue

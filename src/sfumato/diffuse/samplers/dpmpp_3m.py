@@ -21,7 +21,10 @@ def dpmpp_3m(
     solver: Literal["midpoint", "heun"] = "heun",
     lower_order_final: bool = False,
     lower_below: int = 0,
+    last_order: int = 1,
+    euler_at_final: bool = False,
 ) -> Run:
     """Call the network once a step; the options are those of `dpmpp_3m_sde`."""
     lower = {"lower_order_final": lower_order_final, "lower_below": lower_below}
+    lower |= {"last_order": last_order, "euler_at_final": euler_at_final}
     return (yield from dpmpp_3m_sde(x, times, schedule, noise, 0.0, published, solver, **lower))

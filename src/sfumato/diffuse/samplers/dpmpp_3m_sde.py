@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sfumato.diffuse.samplers import Noise, Run, Schedule, Times, traits
 from sfumato.diffuse.samplers._steps import log_snr_step, weighted_sum
-from sfumato.validate import number_in, one_of
+from sfumato.validate import number_in, one_of, whole_number
 
 
 @traits(order=3, noise=True)
@@ -33,6 +33,8 @@ def dpmpp_3m_sde(
     solver: Literal["midpoint", "heun"] = "heun",
     lower_order_final: bool = False,
     lower_below: int = 0,
+    last_order: int = 1,
+    euler_at_final: bool = False,
 ) -> Run:
     """Call the network once a step; steps from or to an end are first-order.
 
@@ -44,9 +46,12 @@ def dpmpp_3m_sde(
         lower_order_final: Lower the order to 2 and 1 over the last two steps, which is stabler in
             few steps.
         lower_below: Do so in runs of fewer steps than this (diffusers: 15).
+        last_order: 2 lowers the order to 2 in the last step alone, where it is lowered.
+        euler_at_final: Make the last step first-order, and lower no other; to t = 0 it always is.
     """
     number_in("eta", eta, 0, hint="0 is deterministic, 1 is the usual")
     one_of("solver", solver, ("midpoint", "heun"))
+    whole_number("last_order", last_order, 1, 3)
     before: list[tuple[Tensor, float]] = []  # (x0, h) of the last steps, the latest first
     count = len(times) - 1
     lower = lower_order_final or count < lower_below
@@ -59,7 +64,9 @@ def dpmpp_3m_sde(
             continue
         kept, k = (math.exp(-eta * h) if eta else 1.0), (1 + eta) * h
         gain = -math.expm1(-k)  # 1 - e^-k
-        history = before[: count - index - 1] if lower else before
+        history = before[: count - index - 2 + last_order] if lower else before
+        if euler_at_final and index == count - 1:
+            history = []
         weights = [gain]  # of x0 and of those before it
         if history:
             r0, phi = history[0][1] / h, 1 - gain / k

@@ -13,7 +13,6 @@ phi_(k+1) = phi_k/(-h) - 1/(k+1)!; B = -h ("bh1") or e^-h - 1 ("bh2").
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -57,6 +56,7 @@ def unipc(
     variant: Literal["bh1", "bh2"] = "bh2",
     corrector: bool = True,
     lower_order_final: bool = True,
+    corrected_end: bool = False,
 ) -> Run:
     """Call the network once a step: the corrector uses the next step's call.
 
@@ -65,28 +65,33 @@ def unipc(
         variant: "bh1" or "bh2".
         corrector: False leaves the corrector out.
         lower_order_final: Lower the order over the last steps, which is stabler.
+        corrected_end: In runs that end above t = 0: correct the last step too, by one more call at
+            the end. It counts as a step of lower_order_final.
     """
     whole_number("order", order, 1, 4, hint="2 is the usual with guidance, 3 without")
     one_of("variant", variant, ("bh1", "bh2"))
     # The corrector's start, and (x0, log(alpha/sigma)) of the calls before, the latest first.
-    last: tuple[Tensor, Point, list[tuple[Tensor, float]], float, int] | None = None
+    last: tuple[Tensor, Point, list[tuple[Tensor, float]], float] | None = None
     history: list[tuple[Tensor, float]] = []
-    count = len(times) - 1
-    for index, (t, s) in enumerate(pairwise(times)):
-        x0 = (yield x, t).x0
-        here, there = schedule.point(t), schedule.point(s)
+    corrected_end = corrected_end and times[-1] > 0
+    count = len(times) - 1 + corrected_end
+    ends = [*times[1:], None] if corrected_end and corrector else times[1:]
+    for index, (t, s) in enumerate(zip(times, ends, strict=False)):
+        x0, here = (yield x, t).x0, schedule.point(t)
         if corrector and last is not None:
-            begin, point, points, h, used = last
-            x = _step(begin, points[:used], (x0, half_log_snr(here)), point, here, h, variant)
-        last = None
+            begin, point, points, h = last
+            x = _step(begin, points, (x0, half_log_snr(here)), point, here, h, variant)
+        if s is None:
+            break
+        there, last = schedule.point(s), None
         if at_an_end(here, there):
             x = exp_step_x0(x, x0, here, there)
             continue
         history = [(x0, half_log_snr(here)), *history][:order]
-        used = min(len(history), order, count - index if lower_order_final else order)
+        points = history[: min(order, count - index) if lower_order_final else order]
         h = log_snr_step(here, there)
-        last = x, here, history, h, used
-        x = _step(x, history[:used], None, here, there, h, variant)
+        last = x, here, points, h
+        x = _step(x, points, None, here, there, h, variant)
     return x
 
 
