@@ -82,6 +82,11 @@ Network = Callable[[Tensor, float], Tensor]
 """A network's output for its input and a timestep."""
 
 
+def timesteps_of(scheduler: Any) -> Tensor:
+    """Return the timesteps of a run, `timesteps_left` where it is begun later."""
+    return vars(scheduler).get("timesteps_left", scheduler.timesteps)
+
+
 def step_scheduler(scheduler: Any, network: Network, start: Tensor, **options: Any) -> list[Tensor]:
     """Run a scheduler of diffusers over its timesteps.
 
@@ -96,7 +101,7 @@ def step_scheduler(scheduler: Any, network: Network, start: Tensor, **options: A
     """
     x, inputs = start, []
     scale = getattr(scheduler, "scale_model_input", lambda x, timestep: x)
-    for timestep in scheduler.timesteps:
+    for timestep in timesteps_of(scheduler):
         inputs.append(scale(x, timestep))
         x = scheduler.step(network(inputs[-1], float(timestep)), timestep, x, **options).prev_sample
     return [*inputs, x]

@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from helpers.schedulers import (
     scheduler_class,
     step_sampler,
     step_scheduler,
+    timesteps_of,
 )
 from sfumato.checkpoints.families import by_pipeline
 from sfumato.checkpoints.schedulers.config import (
@@ -40,18 +42,32 @@ from sfumato.checkpoints.schedulers.config import (
     to_scheduler_config,
     write_scheduler,
 )
-from sfumato.checkpoints.schedulers.fields import CLASSES, FLOW_CLASSES
+from sfumato.checkpoints.schedulers.fields import (
+    CLASSES,
+    FLOW_CLASSES,
+    OTHER_CLASSES,
+    UNSUPPORTED,
+)
 from sfumato.checkpoints.schedulers.samplers import canonical_sampler
 from sfumato.checkpoints.schedulers.spacing import canonical_spacing
-from sfumato.diffuse.parameterization import edm, parameterization
+from sfumato.diffuse.parameterization import consistency, edm, parameterization
 from sfumato.diffuse.process import Process
-from sfumato.diffuse.schedule import BetaTable, Schedule, cosine, schedule, table
+from sfumato.diffuse.schedule import (
+    BetaTable,
+    ConsistencyEDM,
+    Schedule,
+    Trigonometric,
+    cosine,
+    schedule,
+    table,
+)
 from sfumato.diffuse.schedule_transforms import Shifted, ZeroTerminalSNR, dynamic_shift
 from sfumato.diffuse.timesteps import SPACINGS as SFUMATO_SPACINGS
 from sfumato.diffuse.timesteps import timesteps
 from sfumato.errors import UserError
 from sfumato.sampling import Defaults
 from sfumato.sampling.request import sampler_of, spacing_of
+from sfumato.tasks._images import last_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -117,19 +133,21 @@ def apart(
     steps: int,
     diffusers_timesteps: bool = False,
     even: bool | None = None,
+    strength: float = 1.0,
     **spaced: Any,
 ) -> float:
     """The distance of the two ends, relative to their size; both begin at the same x.
 
-    diffusers_timesteps: sfumato's network takes the (whole) timesteps of diffusers. spaced:
-    arguments of diffusers' `set_timesteps` besides the steps.
+    diffusers_timesteps: sfumato's network takes the (whole) timesteps of diffusers. strength: share
+    of the steps that is run, as image to image does. spaced: arguments of diffusers'
+    `set_timesteps` besides the steps.
     """
     recipe = read_scheduler(values, even)
     scheduler = made.from_config(values)
     scheduler.set_timesteps(
         **(spaced if "sigmas" in spaced else {"num_inference_steps": steps} | spaced)
     )
-    times = times_of(recipe, steps)
+    times = begin_later(scheduler, times_of(recipe, steps), strength)
     first, last, start = (
         recipe.process.schedule.point(times[0]),
         recipe.process.schedule.point(times[-1]),
@@ -141,9 +159,21 @@ def apart(
         last[0] if scaled else 1
     )
     actual = sfumato_run(
-        recipe, times, start, scheduler.timesteps.tolist() if diffusers_timesteps else None
+        recipe, times, start, timesteps_of(scheduler).tolist() if diffusers_timesteps else None
     )
     return float((actual - reference).norm() / reference.norm())
+
+
+def begin_later(scheduler: Any, times: list[float], strength: float) -> list[float]:
+    """The last part of a run: sfumato's times, and diffusers' as its image-to-image pipelines."""
+    steps = len(times) - 1
+    skipped = (steps - int(steps * strength)) * scheduler.order
+    if not skipped:
+        return times
+    scheduler.timesteps_left = scheduler.timesteps[skipped:]
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(skipped)
+    return list(last_steps(times, strength))
 
 
 # ---- the same run from the same config -----------------------------------------------------------
@@ -170,10 +200,14 @@ class Case:
         name = self.name + "Scheduler"
         table = (
             {}
-            if name in FLOW_CLASSES or name.startswith("EDM") or self.fields.get("use_flow_sigmas")
+            if name in FLOW_CLASSES
+            or name in OTHER_CLASSES
+            or name.startswith("EDM")
+            or self.fields.get("use_flow_sigmas")
             else SD
         )
-        clip = {"clip_sample": False} if "clip_sample" in CLASSES[name] else {}
+        clips = ("clip_sample", "clip_denoised")
+        clip = {field: False for field in clips if field in CLASSES[name]}
         return {"_class_name": name, **table, **clip, **self.fields}
 
 
@@ -213,6 +247,10 @@ MULTISTEP: list[tuple[str, dict[str, Any]]] = [
     ("UniPCMultistep", {"disable_corrector": list(range(20))}),
     ("DEISMultistep", {}),
     ("DEISMultistep", {"solver_order": 3, "lower_order_final": False}),
+    ("DEISMultistep", {"solver_order": 3}),
+    ("SASolver", {}),
+    ("SASolver", {"predictor_order": 3, "corrector_order": 4}),
+    ("SASolver", {"predictor_order": 1, "corrector_order": 1, "lower_order_final": False}),
 ]
 OLD_LEVELS = (
     "EulerDiscrete",
@@ -282,7 +320,28 @@ CASES: list[Case] = [
     *(
         Case("DPMSolverMultistep", s | TO_NOISE | more)
         for s in (TRAILING, LEADING)
-        for more in ({"euler_at_final": True}, {"lower_order_final": False}, {"solver_order": 3})
+        for more in (
+            {"euler_at_final": True},
+            {"euler_at_final": True, "solver_order": 3},
+            {"lower_order_final": False},
+            {"solver_order": 3},
+        )
+    ),
+    *(
+        Case(name, LEVELS[i % 3] | TO_NOISE | more, diffusers_timesteps=True, steps=(7, 12))
+        for name in ("UniPCMultistep", "DPMSolverMultistep")
+        for i, more in enumerate(
+            (
+                {},
+                {"solver_order": 1},
+                {"solver_order": 3},
+                {"lower_order_final": False},
+                {"solver_order": 3, "euler_at_final": True},
+                {"solver_order": 3, "disable_corrector": list(range(20))},
+                {"solver_order": 3, "solver_type": "bh1"},
+            )
+        )
+        if more.keys() <= CLASSES[name + "Scheduler"].keys()
     ),
     *(
         Case(name, LEADING | {"solver_order": 3}, steps=(14, 15))
@@ -323,7 +382,16 @@ CASES: list[Case] = [
     Case("EDMEuler", TO_NOISE),
     *(
         Case("EDMDPMSolverMultistep", more)
-        for more in ({"solver_order": 3}, {"solver_order": 1}, SDE)
+        for more in (
+            {"solver_order": 3},
+            {"solver_order": 1},
+            SDE,
+        )
+    ),
+    Case("EDMDPMSolverMultistep", {"solver_order": 3, **TO_NOISE}, steps=(7, 12)),
+    *(
+        Case("CMStochasticIterative", more, steps=(1, 2, 7, 13))
+        for more in ({}, {"num_train_timesteps": 18, "rho": 5.0, "sigma_data": 1.0})
     ),
     *(
         Case(name, shift | level)
@@ -356,8 +424,8 @@ DIFFERENT: list[tuple[Case, str]] = [
     (Case("DDPM", LEADING | {"variance_type": "fixed_large"}), "they leave noise at the end"),
     (Case("DPMSolverMultistep", SDE | {"solver_order": 3}), "their third order has a sign wrong"),
     (
-        Case("DPMSolverMultistep", LEVELS[0] | TO_NOISE | {"solver_order": 3}, steps=(7,)),
-        "their last step has no length, and lowers the one before",
+        Case("IPNDM"),
+        "at alpha = 0 they have no clean latent: their first step keeps the noise alone",
     ),
 ]
 
@@ -375,6 +443,103 @@ def test_defects_of_diffusers_are_not_copied(
         1e-4 < apart(double(case.name + "Scheduler"), case.config, steps) < 1
         for steps in case.steps
     ), why
+
+
+MIDDLE = [
+    Case("UniPCMultistep", LEVELS[0] | TO_NOISE, diffusers_timesteps=True),
+    Case("UniPCMultistep", LEADING),
+    Case("DPMSolverMultistep", TRAILING),
+    Case("DEISMultistep", LEVELS[1], diffusers_timesteps=True),
+    Case("SASolver", LEADING),
+    Case("SASolver", LEVELS[0], diffusers_timesteps=True),
+    Case("EulerDiscrete", LEVELS[0] | TRAILING),
+    Case("HeunDiscrete", LEADING),
+    Case("KDPM2Discrete", LEADING),
+    Case("DDIM", LEADING),
+    Case("IPNDM"),
+    Case("FlowMatchEulerDiscrete", {"shift": 3.0}),
+]
+
+
+@pytest.mark.parametrize("case", MIDDLE, ids=str)
+def test_runs_begun_in_the_middle_end_alike(case: Case, double: Callable[[str], Any]) -> None:
+    for steps in (12, 20):
+        made = double(case.name + "Scheduler")
+        assert apart(made, case.config, steps, case.diffusers_timesteps, strength=0.5) < case.within
+
+
+MIDDLE_DIFFERENT = [
+    (Case("LMSDiscrete", LEADING), "they take the weights of order 4 for fewer slopes", 3.0),
+    (Case("LMSDiscrete", LEVELS[0]), "they take the weights of order 4 for fewer slopes", 2.0),
+    (
+        Case("PNDM", LEADING | {"skip_prk_steps": True}),
+        "they begin a step earlier and take the third call a step too late",
+        2.0,
+    ),
+    (Case("PNDM", LEADING), "they begin within a Runge-Kutta step", 10.0),
+]
+
+
+@pytest.mark.parametrize(("case", "why", "ratio"), MIDDLE_DIFFERENT, ids=str)
+def test_defects_of_runs_begun_in_the_middle_are_not_copied(
+    case: Case, why: str, ratio: float, double: Callable[[str], Any]
+) -> None:
+    """On Gaussian latents the flow is known, and sfumato ends nearer to it."""
+    recipe, steps = read_scheduler(case.config), 20
+    scheduler = double(case.name + "Scheduler").from_config(case.config)
+    scheduler.set_timesteps(steps)
+    times = begin_later(scheduler, times_of(recipe, steps), 0.5)
+    earlier = (float(scheduler.timesteps_left[0]) + 1) / 1000
+    scaled = case.name.startswith(SCALED)
+    point, noise = recipe.process.schedule.point, next(noise_draws(9))
+
+    def error(run: Callable[[Tensor], Tensor], t: float) -> float:
+        # of the distance to the mean, which the flow keeps in units of the spread
+        (alpha, sigma), (a, s) = point(t), point(times[-1])
+        end = run(alpha * MEAN + noise * math.hypot(alpha * SPREAD, sigma))
+        return float((end - (a * MEAN + noise * math.hypot(a * SPREAD, s))).norm() / end.norm())
+
+    def diffusers_end(x: Tensor) -> Tensor:
+        alpha = point(times[0])[0] if scaled else 1.0
+        end = diffusers_run(scheduler, recipe.process, x / alpha)
+        return end * (point(times[-1])[0] if scaled else 1.0)
+
+    error_of_diffusers = error(diffusers_end, times[0] if scaled else earlier)
+    error_of_sfumato = error(lambda x: sfumato_run(recipe, times, x), times[0])
+    assert error_of_diffusers > ratio * error_of_sfumato, why
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistep", "DEISMultistep"])
+def test_the_order_is_lowered_by_the_steps_that_are_run(
+    name: str, double: Callable[[str], Any]
+) -> None:
+    """10 of 20 steps are fewer than 15: diffusers counts the steps before the first, too."""
+    case, made = Case(name, LEADING | {"solver_order": 3}), double(name + "Scheduler")
+    assert 1e-4 < apart(made, case.config, 20, strength=0.5) < 1
+    assert apart(made, case.config, 40, strength=0.5) < case.within
+    assert apart(made, case.config, 12, strength=0.5) < case.within
+
+
+EMPTY_END: list[tuple[str, dict[str, Any]]] = [
+    ("DPMSolverMultistep", LEVELS[2] | {"solver_order": 3}),
+    ("UniPCMultistep", LEVELS[0] | {"solver_order": 3, "lower_order_final": False}),
+]
+
+
+@pytest.mark.parametrize(("name", "fields"), EMPTY_END)
+def test_diffusers_third_order_over_a_step_of_no_length_is_not_finite(
+    name: str, fields: dict[str, Any], double: Callable[[str], Any]
+) -> None:
+    """In 20 steps, in which the order of the last ones is not lowered."""
+    config = Case(name, TO_NOISE | fields).config
+    recipe, scheduler = read_scheduler(config), double(name + "Scheduler").from_config(config)
+    scheduler.set_timesteps(20)
+    start, times = next(noise_draws(9)), times_of(recipe, 20)
+    try:
+        finite = bool(diffusers_run(scheduler, recipe.process, start).isfinite().all())
+    except RuntimeError:  # a singular matrix
+        finite = False
+    assert not finite and bool(sfumato_run(recipe, times, start).isfinite().all())
 
 
 SIZES: list[tuple[int, dict[str, Any]]] = [
@@ -650,6 +815,16 @@ NOT_IN_DIFFUSERS: list[tuple[Process, str, str]] = [
     (Process(schedule("vp"), parameterization("eps")), "dpmpp_3m", "log_snr"),
     (Process(schedule("edm"), edm(0.5, flipped=True)), "edm", "karras"),
     (Process(table(cosine(30).betas), parameterization("x0")), "lms:order=2", "trailing"),
+    (Process(Trigonometric(), parameterization("v")), "ipndm:order=2", "trailing"),
+    (Process(Trigonometric(), parameterization("flow")), "ipndm", "crash"),
+    (Process(ConsistencyEDM(), consistency()), "consistency", "karras"),
+    (Process(ConsistencyEDM(), consistency(0.5, 0.01)), "consistency", "karras"),
+    (Process(ConsistencyEDM(), edm(0.5)), "heun", "karras"),
+    (
+        Process(schedule("scaled_linear"), parameterization("eps")),
+        "sa_solver:tau=0.5",
+        "leading",
+    ),
 ]
 
 
@@ -752,6 +927,20 @@ NOTED: list[tuple[str, dict[str, Any], str, str]] = [
     ),
     ("UniPCMultistep", {"predict_x0": False}, "unipc", "predict_x0=False"),
     ("UniPCMultistep", {"disable_corrector": [3]}, "unipc:corrector=false", "disable_corrector"),
+    ("SASolver", {"algorithm_type": "noise_prediction"}, "sa_solver", "noise_prediction"),
+    ("SASolver", {"tau_func": "t"}, "sa_solver", "tau_func is left out"),
+    (
+        "CMStochasticIterative",
+        {"s_noise": 1.01},
+        "consistency:sigma_min=0.002",
+        "s_noise=1.01 is left out",
+    ),
+    (
+        "CMStochasticIterative",
+        {"clip_denoised": True},
+        "consistency:sigma_min=0.002",
+        "clip_denoised=True is for pixels",
+    ),
     ("DDPM", {"variance_type": "learned"}, "ddpm", "variance_type='learned' is left out"),
     ("EulerDiscrete", {"interpolation_type": "log_linear"}, "euler", "log_linear"),
     ("EulerDiscrete", {"sigma_max": 10.0, "use_karras_sigmas": True}, "euler", "sigma_max=10.0"),
@@ -801,6 +990,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "prediction_type='epsilon': expected flow_prediction or sample",
     ),
     ("UniPCMultistep", {"disable_corrector": "all"}, "expected a list of steps"),
+    ("SASolver", {"predictor_order": 5}, "predictor_order=5: expected 1 to 4"),
+    ("SASolver", {"algorithm_type": "deis"}, "expected data_prediction or noise_prediction"),
+    ("IPNDM", {"trained_betas": [0.1]}, "trained_betas"),
+    ("CMStochasticIterative", {"num_train_timesteps": 0}, "expected at least 1"),
     ("EDMEuler", X0, "expected epsilon or v_prediction"),
     ("EDMEuler", {"sigma_max": 0.001}, "expected 0 < sigma_min < sigma_max"),
     ("FlowMatchEulerDiscrete", {"num_train_timesteps": 500}, "num_train_timesteps=500"),
@@ -826,12 +1019,35 @@ def test_unsupported_fields_are_refused(name: str, fields: dict[str, Any], words
 
 
 def test_unknown_classes() -> None:
-    for name in ("EulerScheduler", "IPNDMScheduler", None, 3, ["DDIMScheduler"]):
-        with pytest.raises(UserError, match="is not known: ") as caught:
+    for name in ("MyScheduler", None, 3, ["DDIMScheduler"], "", "Scheduler"):
+        with pytest.raises(UserError, match="is not known: DDIM") as caught:
             read_scheduler({"_class_name": name})
-    with pytest.raises(UserError, match="did you mean"):
-        read_scheduler({"_class_name": "EulerDiscrete"})
-    assert "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+    for name, near in (
+        ("EulerDiscrete", "EulerDiscreteScheduler"),
+        ("EulerScheduler", "EulerDiscreteScheduler or EulerAncestralDiscreteScheduler"),
+        ("UniPCMultiStepScheduler", "UniPCMultistepScheduler"),
+    ):
+        with pytest.raises(UserError, match=rf"is not known: did you mean {near}\?"):
+            read_scheduler({"_class_name": name})
+
+
+def test_every_class_of_diffusers_opens_or_is_refused_by_its_name() -> None:
+    """With a reason and the nearest class that opens, and without a guess at its spelling."""
+    listed = {name for name in dir(diffusers.schedulers) if name.endswith("Scheduler")}
+    listed |= {"DPMSolverSDEScheduler", "LMSDiscreteScheduler", "CosineDPMSolverMultistepScheduler"}
+    assert listed == CLASSES.keys() | UNSUPPORTED.keys() and not CLASSES.keys() & UNSUPPORTED.keys()
+    for name, reason in UNSUPPORTED.items():
+        with pytest.raises(UserError, match=f"{name}' is not supported: ") as caught:
+            read_scheduler({"_class_name": name})
+        words = set(re.findall(r"\w+Scheduler", str(caught.value))) - {name}
+        assert reason in str(caught.value) and "did you mean" not in str(caught.value)
+        assert words <= CLASSES.keys() and "\n" not in reason
+
+
+def test_configs_that_jax_wrote() -> None:
+    config = PUBLISHED["sd1"]
+    assert read_scheduler({**config, "_class_name": "FlaxPNDMScheduler"}) == read_scheduler(config)
 
 
 def test_fields_of_sister_classes_are_ignored_as_in_diffusers() -> None:

@@ -24,6 +24,7 @@ from sfumato.checkpoints.schedulers.fields import (
     read_fields,
 )
 from sfumato.checkpoints.schedulers.process import (
+    consistency_fields,
     edm_fields,
     flow_shift,
     own_fields,
@@ -45,6 +46,7 @@ from sfumato.checkpoints.schedulers.spacing import (
     spacing_values,
 )
 from sfumato.diffuse.process import Process
+from sfumato.diffuse.schedule import Trigonometric
 from sfumato.diffuse.schedule_transforms import ZeroTerminalSNR
 from sfumato.errors import UserError
 
@@ -200,6 +202,10 @@ def _classes(
                 yield name, flow
     if (levels := edm_fields(process)) is not None:
         yield from ((name, levels) for name in EDM_CLASSES)
+    if (levels := consistency_fields(process)) is not None:
+        yield "CMStochasticIterativeScheduler", levels
+    if isinstance(process.schedule, Trigonometric) and kind == "v":
+        yield "IPNDMScheduler", {"num_train_timesteps": 1000}
     if (values := table_fields(process)) is None:
         return
     for name, defaults in TABLE_CLASSES.items():
@@ -271,7 +277,7 @@ def _each(key: str, *values: Any) -> list[dict[str, Any]]:
 
 def _time_values(spacing: str) -> list[list[dict[str, Any]]]:
     """Return the values to search in the fields of the times, the plain ones first."""
-    options = spacing_values(spacing)[1]
+    name, options = spacing_values(spacing)
     levels = [{f"use_{kind}_sigmas": True} for kind in ("karras", "exponential", "beta")]
     return [
         _each("timestep_spacing", "leading", "trailing", "linspace"),
@@ -282,6 +288,9 @@ def _time_values(spacing: str) -> list[list[dict[str, Any]]]:
         _each("original_inference_steps", options.get("original", 50)),
         _each("sigma_schedule", "karras", "exponential"),
         _each("rho", options.get("rho", 7.0)),
+        _each("num_train_timesteps", options["original"])
+        if name == "karras" and options.get("original")
+        else [{}],
     ]
 
 
@@ -292,12 +301,14 @@ def _solver_values(sampler: str) -> list[list[dict[str, Any]]]:
     return [
         _each("skip_prk_steps", True, False),
         _each("variance_type", "fixed_small", "fixed_large", "learned_range"),
-        _each("algorithm_type", "dpmsolver++", "sde-dpmsolver++"),
+        _each("algorithm_type", "dpmsolver++", "sde-dpmsolver++", "data_prediction"),
         _each("solver_order", order),
         _each("solver_type", "midpoint", "heun", "bh2", "bh1", "logrho"),
         _each("lower_order_final", False, True),
         _each("euler_at_final", False, True),
         _each("disable_corrector", [], list(range(1000))),
+        _each("predictor_order", options.get("predictor", 2)),
+        _each("corrector_order", options.get("corrector", 2)),
         _each("timestep_scaling", options.get("scaling", 10.0)),
         _each("stochastic_sampling", False, True),
     ]

@@ -50,6 +50,12 @@ _DDPM = {**_TABLE, **_CLIP, **_THRESHOLD, **_LEADING, **_ZERO, "variance_type": 
 _LCM = {**_DDIM, **_SD_BETAS, "beta_schedule": "scaled_linear", **_NO_CLIP}
 _LCM |= {"original_inference_steps": 50, "timestep_scaling": 10.0}
 _KDPM2 = _TABLE | _SD_BETAS | _LEVELS | _LINSPACE
+_SA_SOLVER = _TABLE | _THRESHOLD | _LEVELS | _LINSPACE | _CLIPPED
+_SA_SOLVER |= {"predictor_order": 2, "corrector_order": 2, "tau_func": None}
+_SA_SOLVER |= {"algorithm_type": "data_prediction", "lower_order_final": True}
+_SA_SOLVER |= {"use_flow_sigmas": False, "flow_shift": 1.0}
+_CONSISTENCY = {"num_train_timesteps": 40, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
+_CONSISTENCY |= {"sigma_data": 0.5, "s_noise": 1.0, "clip_denoised": True}
 
 TABLE_CLASSES: dict[str, dict[str, Any]] = {
     "DDIMScheduler": _DDIM,
@@ -70,6 +76,7 @@ TABLE_CLASSES: dict[str, dict[str, Any]] = {
     "DEISMultistepScheduler": _TABLE | _DEIS | _LEVELS | _FLOW_SIGMAS | _LINSPACE,
     "LCMScheduler": _LCM,
     "TCDScheduler": _LCM,
+    "SASolverScheduler": _SA_SOLVER,
 }
 EDM_CLASSES: dict[str, dict[str, Any]] = {
     "EDMEulerScheduler": _EDM,
@@ -80,7 +87,63 @@ FLOW_CLASSES: dict[str, dict[str, Any]] = {
     "FlowMatchHeunDiscreteScheduler": {"num_train_timesteps": 1000, "shift": 1.0},
     "FlowMatchLCMScheduler": {**_FLOW, "scale_factors": None, "upscale_mode": "bicubic"},
 }
-CLASSES = {**TABLE_CLASSES, **EDM_CLASSES, **FLOW_CLASSES}
+OTHER_CLASSES: dict[str, dict[str, Any]] = {
+    "CMStochasticIterativeScheduler": _CONSISTENCY,
+    "IPNDMScheduler": {"num_train_timesteps": 1000, "trained_betas": None},
+}
+CLASSES = {**TABLE_CLASSES, **EDM_CLASSES, **FLOW_CLASSES, **OTHER_CLASSES}
+
+_TOKENS = "its models predict tokens of a vocabulary, this library's predict latents"
+_INVERSE = (
+    "it runs from image to noise: name {} with the same fields instead, which `model.invert` "
+    "runs in that direction"
+)
+UNSUPPORTED = {
+    "AmusedScheduler": _TOKENS,
+    "BlockRefinementScheduler": _TOKENS,
+    "DiscreteDDIMScheduler": _TOKENS,
+    "EntropyBoundScheduler": _TOKENS,
+    "VQDiffusionScheduler": _TOKENS,
+    "CogVideoXDDIMScheduler": "CogVideoX makes video and cannot be opened; "
+    "DDIMScheduler with rescale_betas_zero_snr is the nearest without its SNR shift",
+    "CogVideoXDPMScheduler": "CogVideoX makes video and cannot be opened; "
+    "DPMSolverMultistepScheduler with rescale_betas_zero_snr is the nearest without its SNR shift",
+    "CosineDPMSolverMultistepScheduler": "Stable Audio makes sound and cannot be opened; "
+    "EDMDPMSolverMultistepScheduler with sde-dpmsolver++ is the nearest",
+    "FlowMapEulerDiscreteScheduler": "its networks take the time at a step's end too; "
+    "FlowMatchEulerDiscreteScheduler is the nearest for networks of one time",
+    "HeliosScheduler": "Helios makes video at several sizes in a run and cannot be opened; "
+    "UniPCMultistepScheduler with use_flow_sigmas is the nearest at one size",
+    "HeliosDMDScheduler": "Helios makes video at several sizes in a run and cannot be opened; "
+    "FlowMatchLCMScheduler is the nearest at one size",
+    "MiniMaxH3Scheduler": "MiniMax-H3 makes video and cannot be opened; "
+    "FlowMatchEulerDiscreteScheduler with its shift is the same sampler",
+    "PiflowScheduler": "its networks predict several velocities at once; "
+    "FlowMatchEulerDiscreteScheduler with its shift is the nearest for one",
+    "RFD4ProteinaScheduler": "its models make proteins; "
+    "FlowMatchEulerDiscreteScheduler samples flows of latents",
+    "LTXEulerAncestralRFScheduler": "LTX-Video makes video and cannot be opened; "
+    "FlowMatchEulerDiscreteScheduler with the sampler euler_ancestral is the nearest",
+    "SCMScheduler": "SANA-Sprint's TrigFlow is not supported; "
+    "LCMScheduler and CMStochasticIterativeScheduler sample other consistency models",
+    "DDPMWuerstchenScheduler": "Wuerstchen's schedule by ratios is not supported; "
+    "DDPMScheduler with squaredcos_cap_v2 is the nearest",
+    "ConsistencyDecoderScheduler": "the consistency decoder is not supported; "
+    "decode with the AutoencoderKL of the model",
+    "DDIMInverseScheduler": _INVERSE.format("DDIMScheduler"),
+    "DPMSolverMultistepInverseScheduler": _INVERSE.format("DPMSolverMultistepScheduler"),
+    "KarrasVeScheduler": "its networks predict the score of pixels; "
+    "EDMEulerScheduler with the sampler edm is its method for EDM networks",
+    "ScoreSdeVeScheduler": "its networks predict the score of pixels; "
+    "the sampler ddpm on the schedule ve is its predictor",
+    "ScoreSdeVpScheduler": "its networks predict the score of pixels; "
+    "the sampler ddpm on the schedule vp is its predictor",
+    "RePaintScheduler": "it goes back and forth in a run; name DDPMScheduler with the same fields "
+    "instead, and inpaint with the task `inpaint`",
+    "UnCLIPScheduler": "unCLIP's prior and pixels are not supported; "
+    "DDPMScheduler with squaredcos_cap_v2 is its sampler for other models",
+}
+"""Classes of diffusers 0.42 that are refused: the reason, and the nearest one that works."""
 
 _CHOICES = {
     field: words.split()
@@ -104,7 +167,7 @@ _NUMBERS = {"sigma_min", "sigma_max", "shift_terminal"}  # None, or a number
 _POSITIVE = {"rho", "shift", "flow_shift", "timestep_scaling", "beta_start", "beta_end"}
 _POSITIVE |= {"sigma_min", "sigma_max", "sigma_data"}
 _FREE = {"trained_betas", "solver_p", "scale_factors", "upscale_mode", "disable_corrector"}
-_FREE |= {"noise_sampler_seed"}
+_FREE |= {"noise_sampler_seed", "tau_func"}
 # Fields of older versions and of other sister classes, which published configs still carry.
 _OLD = {"tensor_format", "timestep_values", "clip_sample_value", "predictor_order"}
 _OLD |= {"corrector_order", "tau_func", "skip_prk_steps"}
@@ -127,22 +190,41 @@ def read_fields(values: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     Raises:
         UserError: An unknown class or field, or a value that the field does not take.
     """
-    name = values.get("_class_name")
-    if not isinstance(name, str) or name not in CLASSES:
-        near = difflib.get_close_matches(str(name), CLASSES, n=2, cutoff=0.6)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UserError(
-            f"scheduler class {name!r} is not known: {hint}DDIMScheduler and "
-            "EulerDiscreteScheduler sample any table of betas, "
-            "FlowMatchEulerDiscreteScheduler any flow"
-        )
+    name = _class_of(values.get("_class_name"))
     defaults = CLASSES[name]
-    sisters = FLOW_CLASSES if name in FLOW_CLASSES else {**TABLE_CLASSES, **EDM_CLASSES}
+    tables = {**TABLE_CLASSES, **EDM_CLASSES, **OTHER_CLASSES}
+    sisters = FLOW_CLASSES if name in FLOW_CLASSES else tables
     check_fields(values, _OLD.union(defaults, *sisters.values()))
     return name, {
         field: _checked(field, values.get(field, default), default)
         for field, default in defaults.items()
     }
+
+
+def _class_of(name: Any) -> str:
+    """Return the class, without the "Flax" of configs that JAX wrote.
+
+    Raises:
+        UserError: A class that is not supported, with the nearest that is, or not known.
+    """
+    scheduler = name.removeprefix("Flax") if isinstance(name, str) else None
+    if scheduler in CLASSES:
+        return scheduler
+    if scheduler in UNSUPPORTED:
+        raise UserError(f"scheduler class {name!r} is not supported: {UNSUPPORTED[scheduler]}")
+    # Without the ending, by which any two names would be alike.
+    stems = {kind.removesuffix("Scheduler").lower(): kind for kind in CLASSES}
+    stem = str(name).removesuffix("Scheduler").lower()
+    close = [stem] if stem in stems else difflib.get_close_matches(stem, stems, n=2, cutoff=0.8)
+    near = [stems[s] for s in close] or [
+        kind for s, kind in stems.items() if stem and s.startswith(stem)
+    ][:2]
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise UserError(
+        f"scheduler class {name!r} is not known: {hint}DDIMScheduler and "
+        "EulerDiscreteScheduler sample any table of betas, "
+        "FlowMatchEulerDiscreteScheduler any flow"
+    )
 
 
 def check_fields(values: Mapping[str, Any], fields: Collection[str]) -> None:

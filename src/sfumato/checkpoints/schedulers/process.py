@@ -12,13 +12,15 @@ These fields are read strictly: a value without a process here is a `UserError`.
                                              where the shift is not dynamic
     EDM*: sigma_min, sigma_max, sigma_data;  `EDM`, `edm(sigma_data)`; `flipped`
     v_prediction
+    CMStochasticIterative: the same          `ConsistencyEDM`; `consistency(sigma_data, sigma_min)`
+    IPNDM                                    `Trigonometric` and v
     Euler with timestep_type continuous      `EDM` between its levels and `edm(1, flipped=True)`,
     and v_prediction                         which is the same algebra
 """
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from sfumato.checkpoints.schedulers.betas import KINDS, beta_table
 from sfumato.checkpoints.schedulers.fields import (
@@ -28,13 +30,15 @@ from sfumato.checkpoints.schedulers.fields import (
     check_fields,
     class_names,
 )
-from sfumato.diffuse.parameterization import edm, parameterization
+from sfumato.diffuse.parameterization import consistency, edm, parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import (
     EDM,
     BetaTable,
+    ConsistencyEDM,
     RectifiedFlow,
     Schedule,
+    Trigonometric,
     VarianceExploding,
     VariancePreserving,
     schedule,
@@ -61,6 +65,19 @@ def process_of(name: str, values: Mapping[str, Any]) -> Process:
     """
     if name in FLOW_CLASSES or values.get("use_flow_sigmas"):
         return _flow_process(name, values)
+    if name == "CMStochasticIterativeScheduler":
+        if values["num_train_timesteps"] < 1:
+            raise UserError(f"{name} with num_train_timesteps=0: expected at least 1")
+        low, high = values["sigma_min"], values["sigma_max"]
+        return Process(
+            ConsistencyEDM(sigma_min=low, sigma_max=high), consistency(values["sigma_data"], low)
+        )
+    if name == "IPNDMScheduler":
+        if values["trained_betas"] is not None:
+            raise UserError(
+                f"{name} with trained_betas: expected null, the cosine and sine of its times"
+            )
+        return Process(Trigonometric(), parameterization("v"))
     kind = values["prediction_type"]
     if name in EDM_CLASSES:
         if kind not in ("epsilon", "v_prediction"):
@@ -170,20 +187,53 @@ def flow_shift(process: Process) -> float | None:
 def edm_fields(process: Process) -> dict[str, Any] | None:
     """Return the fields of an EDM class; None for any other process."""
     chosen, parameter = process.schedule, process.parameterization
-    if not isinstance(chosen, EDM) or parameter.name not in ("edm", "edm_v"):
+    if not _are_edm_levels(chosen) or parameter.name not in ("edm", "edm_v"):
         return None
-    return {
-        "sigma_min": chosen.sigma_min,
-        "sigma_max": chosen.sigma_max,
-        "sigma_data": parameter.row.sigma_data,  # pyright: ignore[reportFunctionMemberAccess]
-        "prediction_type": "v_prediction" if parameter.name == "edm_v" else "epsilon",
+    return _level_fields(process) | {
+        "prediction_type": "v_prediction" if parameter.name == "edm_v" else "epsilon"
     }
+
+
+def consistency_fields(process: Process) -> dict[str, Any] | None:
+    """Return the fields of CMStochasticIterative; None for any other process."""
+    if not isinstance(process.schedule, ConsistencyEDM):
+        return None
+    low = process.schedule.sigma_min
+    if process.parameterization.name != "consistency" or _row_number(process, "sigma_min") != low:
+        return None
+    return _level_fields(process) | {"clip_denoised": False}
+
+
+def _are_edm_levels(chosen: Schedule) -> TypeGuard[EDM]:
+    return isinstance(chosen, EDM) and not isinstance(chosen, ConsistencyEDM)
+
+
+def _level_fields(process: Process) -> dict[str, Any]:
+    assert isinstance(process.schedule, EDM)
+    return {
+        "sigma_min": process.schedule.sigma_min,
+        "sigma_max": process.schedule.sigma_max,
+        "sigma_data": _row_number(process, "sigma_data"),
+    }
+
+
+def _row_number(process: Process, name: str) -> float:
+    """A number of the row of edm or consistency."""
+    return getattr(process.parameterization.row, name)
 
 
 # ---- SfumatoProcess ------------------------------------------------------------------------------
 
 _SCHEDULES = [BetaTable, RectifiedFlow, VariancePreserving, VarianceExploding, EDM]
-_SCHEDULES += [ZeroTerminalSNR, Shifted]
+_SCHEDULES += [ZeroTerminalSNR, Shifted, ConsistencyEDM, Trigonometric]
+
+
+_ROW_NUMBERS = {
+    "edm": ["sigma_data"],
+    "edm_v": ["sigma_data"],
+    "consistency": ["sigma_data", "sigma_min"],
+}
+"""Numbers of a parameterization beside its name."""
 
 
 def own_fields(process: Process) -> dict[str, Any]:
@@ -199,11 +249,11 @@ def own_fields(process: Process) -> dict[str, Any]:
             values[field.name] = described(value) if is_dataclass(value) else value
         return values
 
-    name, row = process.parameterization.name, process.parameterization.row
+    name = process.parameterization.name
     config = {"_class_name": OWN_CLASS, "schedule": described(process.schedule)}
     config["parameterization"] = name
-    if name.startswith("edm"):
-        config["sigma_data"] = row.sigma_data  # pyright: ignore[reportFunctionMemberAccess]
+    for number in _ROW_NUMBERS.get(name, ()):
+        config[number] = _row_number(process, number)
     return config
 
 
@@ -235,9 +285,13 @@ def own_process(values: Mapping[str, Any]) -> Process:
             }
         )
 
-    check_fields(values, {"_class_name", "schedule", "parameterization", "sigma_data"})
+    numbers = {"sigma_data", "sigma_min"}
+    check_fields(values, {"_class_name", "schedule", "parameterization"} | numbers)
     name, sigma_data = values.get("parameterization", ""), values.get("sigma_data", 1.0)
-    return Process(
-        built(values.get("schedule")),
-        edm(sigma_data, name == "edm_v") if name in ("edm", "edm_v") else parameterization(name),
-    )
+    if name in ("edm", "edm_v"):
+        target = edm(sigma_data, name == "edm_v")
+    elif name == "consistency":
+        target = consistency(**{key: values[key] for key in numbers & values.keys()})
+    else:
+        target = parameterization(name)
+    return Process(built(values.get("schedule")), target)

@@ -13,12 +13,14 @@
     EDMDPMSolverMultistep      `dpmpp_3m:published=true`,
                                their `_sde`; order 1: `ddim`,
                                `ddpm`
-    UniPC, DEIS                `unipc`, `deis`                  the same
+    UniPC, DEIS, SASolver      `unipc`, `deis`, `sa_solver`     the same
     DPMSolverSinglestep        `dpmpp_2s`, `dpm_solver_2`,      the same
                                `dpm_solver_3`; a step here
                                has 2 or 3 calls, there calls
                                count as steps
     LCM, TCD                   `lcm`, `tcd`                     `lcm`
+    CMStochasticIterative      `consistency`                    `karras:original=40`
+    IPNDM                      `ipndm`                          `crash`
     EDMEuler                   `euler`                          `karras`, `exponential`
     FlowMatchEuler,            `euler` (stochastic:             `linspace`, `trailing`,
     -Heun, -LCM                `consistency`), `heun`,          `shifted`, by level
@@ -120,8 +122,10 @@ def scheduler_spec(
         even: See `flow_spacing`.
     """
     notes: list[str] = []
-    if values.get("clip_sample") or values.get("thresholding"):
-        flag = "clip_sample" if values.get("clip_sample") else "thresholding"
+    flag = next(
+        (f for f in ("clip_sample", "thresholding", "clip_denoised") if values.get(f)), None
+    )
+    if flag is not None:
         notes.append(
             f"{flag}=True is for pixels and is left out: latents have no bounds; set it to false"
         )
@@ -137,6 +141,11 @@ def scheduler_spec(
     elif name in ("LCMScheduler", "TCDScheduler"):
         original = values["original_inference_steps"]
         spacing = format_spacing("lcm", original=original, clean=ends_clean(name, values))
+    elif name == "CMStochasticIterativeScheduler":
+        levels = {"original": values["num_train_timesteps"], "rho": float(values["rho"])}
+        spacing = format_spacing("karras", **levels)
+    elif name == "IPNDMScheduler":
+        spacing = format_spacing("crash")
     else:
         spacing = table_spacing(name, values, notes)
     return SchedulerSpec(process, sampler, spacing, dynamic, tuple(notes))
@@ -159,6 +168,7 @@ _NAMES = {
     "FlowMatchEulerDiscreteScheduler": "euler",
     "FlowMatchHeunDiscreteScheduler": "heun",
     "FlowMatchLCMScheduler": "consistency",
+    "IPNDMScheduler": "ipndm",
 }
 
 
@@ -210,15 +220,18 @@ def _final_order(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
     `lower_order_final` lowers it in runs of few steps, `euler_at_final` in all. A step to sigma 0
     is of first order anyway. Where levels end at the least noise of the table, the last step of
-    diffusers has no length, and nothing else is lowered.
+    diffusers has no length: order 3 is lowered to 2 in the step before it, and nothing else.
     """
     to_noise, order = not ends_clean(name, values), values["solver_order"]
-    if to_noise and (noise_level_spacing(values) or name == "EDMDPMSolverMultistepScheduler"):
-        return {}
+    by_level = noise_level_spacing(values) or name == "EDMDPMSolverMultistepScheduler"
+    if to_noise and by_level:
+        lowered = values["lower_order_final"] and order == 3 and not values.get("use_flow_sigmas")
+        return {"lower_below": LOWER_BELOW - 1, "last_order": 2} if lowered else {}
     if values.get("euler_at_final") and to_noise and order == 2:
         return {"lower_order_final": True}
     lowered = values["lower_order_final"] and (to_noise or order == 3)
-    return {"lower_below": LOWER_BELOW} if lowered else {}
+    final = {"euler_at_final": True} if values.get("euler_at_final") and to_noise else {}
+    return final | ({"lower_below": LOWER_BELOW} if lowered else {})
 
 
 def _multistep(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
@@ -281,16 +294,48 @@ def _unipc(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
         )
     # diffusers reads DPM-Solver's and DEIS's types as bh2.
     variant = "bh1" if values["solver_type"] == "bh1" else "bh2"
-    # The last step of diffusers has no length.
-    empty_end = not ends_clean(name, values) and noise_level_spacing(values)
-    lowered = values["lower_order_final"] and not empty_end
-    options = {"variant": variant, "corrector": not uncorrected, "lower_order_final": lowered}
+    # The last step of diffusers has no length then, and its call corrects the one before.
+    by_level = noise_level_spacing(values) and not values["use_flow_sigmas"]
+    options = {
+        "variant": variant,
+        "corrector": not uncorrected,
+        "lower_order_final": values["lower_order_final"],
+        "corrected_end": bool(by_level and not ends_clean(name, values)),
+    }
     return format_sampler("unipc", order=_order(name, values, 4), **options)
 
 
 def _deis(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
     order, last = _order(name, values, 3), _final_order(name, values)
     return format_sampler("deis", order=order, lower_order_final=False, **last)
+
+
+def _sa_solver(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
+    orders = {key: values[f"{key}_order"] for key in ("predictor", "corrector")}
+    for key, order in orders.items():
+        if not 1 <= order <= 4:
+            raise UserError(f"{name} with {key}_order={order}: expected 1 to 4")
+    kind = values["algorithm_type"]
+    if kind not in ("data_prediction", "noise_prediction"):
+        raise UserError(
+            f"{name} with algorithm_type={kind!r}: expected data_prediction or noise_prediction"
+        )
+    if kind == "noise_prediction":
+        notes.append(
+            "algorithm_type='noise_prediction' is not here: "
+            "SA-Solver by the clean latent is taken in its place"
+        )
+    if values["tau_func"] is not None:
+        notes.append("tau_func is left out: noise is drawn from timestep 800 down to 200")
+    by_level = noise_level_spacing(values) and not values["use_flow_sigmas"]
+    orders |= {"lower_order_final": values["lower_order_final"], "corrected_end": bool(by_level)}
+    return format_sampler("sa_solver", **orders)
+
+
+def _consistency(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
+    if values["s_noise"] != 1:
+        notes.append(f"s_noise={values['s_noise']} is left out: the noise has variance 1")
+    return format_sampler("consistency", sigma_min=float(values["sigma_min"]))
 
 
 _SAMPLERS: dict[str, Callable[[str, Mapping[str, Any], list[str]], str]] = {
@@ -303,4 +348,6 @@ _SAMPLERS: dict[str, Callable[[str, Mapping[str, Any], list[str]], str]] = {
     "DPMSolverSinglestepScheduler": _singlestep,
     "UniPCMultistepScheduler": _unipc,
     "DEISMultistepScheduler": _deis,
+    "SASolverScheduler": _sa_solver,
+    "CMStochasticIterativeScheduler": _consistency,
 }

@@ -21,7 +21,7 @@ from sfumato.spec import Spec, options_of
 _WHOLE = class_names("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "PNDM")
 """Classes whose linspace rounds to whole timesteps."""
 _DROP_LAST = class_names(
-    "DPMSolverMultistep", "UniPCMultistep", "DEISMultistep", "DPMSolverSinglestep"
+    "DPMSolverMultistep", "UniPCMultistep", "DEISMultistep", "DPMSolverSinglestep", "SASolver"
 )
 """Classes that space one more step and leave out the last."""
 
@@ -101,7 +101,7 @@ class DynamicShift:
 
 def ends_clean(name: str, values: Mapping[str, Any]) -> bool:
     """Return True if the run ends at t = 0; else it ends at the table's least noise."""
-    if name in ("DEISMultistepScheduler", "TCDScheduler"):
+    if name in ("DEISMultistepScheduler", "SASolverScheduler", "TCDScheduler"):
         return False
     if name == "LCMScheduler":
         return True
@@ -229,7 +229,7 @@ def flow_solver_spacing(
         notes.append("a flow that ends before its last step is not here: the run ends at t = 0")
     if values.get("shift_terminal"):
         notes.append(f"shift_terminal={values['shift_terminal']} with use_flow_sigmas is left out")
-    if values["use_dynamic_shifting"]:
+    if values.get("use_dynamic_shifting"):
         dynamic = _dynamic(values, even=True)
         return dynamic, dynamic.spacing_for(dynamic.top[0])
     if name != "UniPCMultistepScheduler":
