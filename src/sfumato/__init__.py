@@ -8,6 +8,8 @@ The names below are imported when they are first used, so that `import sfumato` 
 """
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,6 +43,13 @@ _HOMES = {
     "UserError": "errors",
     "load": "loading",
 }
+
+# GNU's OpenMP, which torch's threads are, reads these when torch is loaded. By default a thread
+# that waits for the others spins for milliseconds, and beside a busy process it spins while the
+# thread that it waits for has no processor. Spinning for about 50 microseconds bridges the gap
+# between two layers just as well.
+if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
 def __getattr__(name: str) -> Any:

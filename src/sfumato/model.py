@@ -36,6 +36,7 @@ from sfumato.inference.offload.model import (
     offload_model,
     require_resident,
 )
+from sfumato.inference.threads import adapted_threads
 from sfumato.io.atomic import hash_json, hash_tensors
 from sfumato.io.host_memory import parse_size
 from sfumato.predict.conditioners.base import Conditioner
@@ -306,10 +307,11 @@ class LatentDiffusion:
         """
         one_of("output", output, OUTPUTS)
         plans = [r if isinstance(r, Plan) else self.plan(r) for r in requests]
-        return [
-            self.finish(z, plan, output)
-            for z, plan in zip(self._sample(plans, batch, on_step), plans, strict=True)
-        ]
+        with adapted_threads():
+            return [
+                self.finish(z, plan, output)
+                for z, plan in zip(self._sample(plans, batch, on_step), plans, strict=True)
+            ]
 
     def plan(self, request: Request | Mapping[str, Any]) -> Plan:
         """Resolve a request: defaults filled in and everything checked, without a weight.
@@ -470,7 +472,8 @@ class LatentDiffusion:
             for k, plan in enumerate(plans)
         ]
         try:
-            latents = drive(gather(runs), partial(evaluate_calls, rows=batch))
+            with adapted_threads():
+                latents = drive(gather(runs), partial(evaluate_calls, rows=batch))
         except NumericalError as error:
             dtype = next(self.denoiser.network.parameters()).dtype
             if dtype == torch.float32:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from sfumato.batching import BatchingDenoiser, DenoiserCall
 from sfumato.diffuse.process import Process
 from sfumato.inference.prepack import can_prepack, clone_sharing_weights, compile_network, prepack
+from sfumato.inference.threads import ThreadChoice
+from sfumato.kernels.batch_invariant import applies
 from sfumato.predict.networks.base import Network
 from sfumato.types import Conditioning, Prediction
 
@@ -46,11 +48,18 @@ class Denoiser:
             predicts one.
         """
         module, name = self._weight
-        dtype = getattr(module, name).dtype
+        weight = getattr(module, name)
+        dtype = weight.dtype
         timestep = self.process.timestep(t, x.device).expand(len(x))
-        return self.network(
-            self.process.network_input(x, t).to(dtype), timestep, conditioning.to(x.device, dtype)
-        ).float()
+        network_input = self.process.network_input(x, t).to(dtype)
+        conditioning = conditioning.to(x.device, dtype)
+
+        def call() -> Tensor:
+            return self.network(network_input, timestep, conditioning).float()
+
+        if not applies(network_input, weight):
+            return call()
+        return self._threads((x.shape, conditioning.sizes), call)
 
     def split(
         self, x: Float[Tensor, "B C h w"], y: Float[Tensor, "B D h w"], t: float | Tensor
@@ -95,6 +104,11 @@ class Denoiser:
             return self.network.sample_size
         config = self.network.config  # of diffusers' networks
         return getattr(config, "sample_size", None) or 64
+
+    @cached_property
+    def _threads(self) -> ThreadChoice:
+        """The number of threads of the network's calls, by their sizes."""
+        return ThreadChoice()
 
     @cached_property
     def _weight(self) -> tuple[nn.Module, str]:

@@ -1,0 +1,132 @@
+"""The number of threads of a run follows the processors that it gets, and never its images.
+
+The clock and the number of threads are the test's own.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from sfumato.inference import threads
+from sfumato.inference.threads import ThreadChoice, adapted_threads
+
+
+class Machine:
+    """A machine with a clock: calls take so many seconds by their number of threads."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.now = self.used = 0.0
+        self.seconds: dict[int, float] = {}
+        self.calls: list[int] = []
+        self.result = {count: torch.ones(1)}
+
+    def get_num_threads(self) -> int:
+        return self.count
+
+    def set_num_threads(self, count: int) -> None:
+        self.count = count
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def process_time(self) -> float:
+        return self.used
+
+    def quiet(self) -> None:
+        self.seconds = {4: 1 / 4, 2: 1 / 2, 1: 1.0}
+
+    def busy(self) -> None:
+        """Threads wait for one that has no processor."""
+        self.seconds = {4: 1.9, 2: 1.5, 1: 1.1}
+
+    def call(self) -> Tensor:
+        self.calls.append(self.count)
+        seconds = self.seconds[self.count]
+        self.now += seconds
+        self.used += min(1.0, seconds) if self.seconds[4] > 1 else 1.0
+        return self.result.get(self.count, torch.ones(1))
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    machine = Machine(4)
+    monkeypatch.setattr(torch, "get_num_threads", machine.get_num_threads)
+    monkeypatch.setattr(torch, "set_num_threads", machine.set_num_threads)
+    monkeypatch.setattr(threads, "time", machine)
+    yield machine
+
+
+def run(machine: Machine, choice: ThreadChoice, calls: int) -> list[int]:
+    """Make so many calls, and return the numbers of threads of all that ran."""
+    machine.calls.clear()
+    with adapted_threads():
+        for _ in range(calls):
+            assert torch.equal(choice("kind", machine.call), torch.ones(1))
+    assert machine.count == 4, "the number of threads is restored"
+    return machine.calls
+
+
+def test_quiet_machine_keeps_all_threads(machine: Machine) -> None:
+    machine.quiet()
+    assert run(machine, ThreadChoice(), 50) == [4] * 50
+
+
+def test_busy_machine_gets_fewer_threads_and_a_quiet_one_all_again(machine: Machine) -> None:
+    choice = ThreadChoice()
+    machine.busy()
+    # the first call warms up, and each trial halves the threads
+    assert run(machine, choice, 6) == [4, 4, 2, 2, 1, 1, 1, 1]
+    assert run(machine, choice, 6) == [1] * 6
+    machine.quiet()
+    calls = run(machine, choice, 200)
+    assert calls[-100:] == [4] * 100
+
+
+def test_trials_on_a_busy_machine_become_rare(machine: Machine) -> None:
+    machine.busy()
+    calls = run(machine, ThreadChoice(), 2000)
+    assert 0 < sum(count > 1 for count in calls[10:]) < 10
+
+
+def test_threads_stay_where_bits_would_change(machine: Machine) -> None:
+    machine.busy()
+    machine.result = {4: torch.ones(1), 2: torch.full((1,), 1 + 1e-6), 1: torch.ones(1)}
+    calls = run(machine, ThreadChoice(), 500)
+    assert [count for count in calls if count != 4] == [2], "one trial, whose bits differ"
+
+
+def test_nothing_is_adapted_outside_a_run_and_with_one_thread(machine: Machine) -> None:
+    machine.busy()
+    choice = ThreadChoice()
+    for _ in range(5):
+        choice("kind", machine.call)
+    assert machine.calls == [4] * 5
+    machine.count = 1
+    machine.calls.clear()
+    with adapted_threads():
+        for _ in range(5):
+            choice("kind", machine.call)
+    assert machine.calls == [1] * 5
+
+
+def test_long_calls_keep_their_threads(machine: Machine) -> None:
+    machine.seconds = {4: 8.0, 2: 9.0, 1: 20.0}
+    assert run(machine, ThreadChoice(), 5) == [4] * 5
+
+
+def test_inner_block_keeps_the_threads_of_the_outer(machine: Machine) -> None:
+    machine.busy()
+    choice = ThreadChoice()
+    with adapted_threads():
+        run_inner(choice, machine)
+        assert machine.count == 1
+    assert machine.count == 4
+
+
+def run_inner(choice: ThreadChoice, machine: Machine) -> None:
+    with adapted_threads():
+        for _ in range(6):
+            choice("kind", machine.call)
