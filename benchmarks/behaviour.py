@@ -210,6 +210,7 @@ def _child(
         name: value for name, value in os.environ.items() if not name.startswith("SFUMATO")
     }
     environment |= {
+        "SFUMATO_KERNELS": "fixed",
         "PYTHONPATH": os.pathsep.join([str(checkout / "src"), str(HERE)]),
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,

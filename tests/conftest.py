@@ -12,6 +12,7 @@ from typing import Any, Self, get_args, runtime_checkable
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["SFUMATO_KERNELS"] = "fixed"  # no test depends on the times of this machine
 # tests compare bits; those that need a GPU set it themselves
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 

@@ -50,7 +50,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "io": ("errors", "validate"),
     "config": ("errors", "io", "registry", "types", "validate"),
     "images": ("types", "errors", "io", "validate"),
-    "kernels": ("errors",),
+    "kernels": ("errors", "io"),
     "nn": (*BOTTOM, "kernels"),
     "inference": (*BOTTOM, "kernels", "nn"),
     # a whole model is offloaded by its conditioner's encoders

@@ -15,15 +15,12 @@ from torch import Tensor, nn
 
 from sfumato.inference.prepack import can_prepack, prepack
 from sfumato.kernels import batch_invariant
+from sfumato.kernels.measured import LIMITS, measurements
 from sfumato.kernels.mkl_threads import controlled
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 BATCHES = (2, 3, 7, 17)
 """Batch sizes that are compared with images computed alone."""
-
-LIMITS = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-LIMITS += ("ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""Environment variables that change the kernels and threads of the libraries below torch."""
 
 _SETS = (
     "sse4_2 avx avx2 fma3 f16c avx_vnni avx512_f avx512_bw avx512_vnni avx512_bf16 avx512_fp16 "
@@ -34,7 +31,8 @@ _SETS = (
 def report() -> dict[str, Any]:
     """Describe this machine, as JSON.
 
-    It has the processor, threads, libraries, methods, and the result of `check_layers`.
+    It has the processor, threads, libraries, methods, the times of kernels that were measured
+    (kernels/measured.py), and the result of `check_layers`.
     """
     return {
         "processor": processor(),
@@ -49,6 +47,10 @@ def report() -> dict[str, Any]:
         },
         "accelerators": _accelerators(),
         "methods": methods(),
+        "kernels measured here": {
+            kind: ", ".join(f"{name} {1000 * time:.3g} ms" for name, time in seconds.items())
+            for kind, seconds in measurements().items()
+        },
         "images do not depend on the batch": check_layers(),
     }
 

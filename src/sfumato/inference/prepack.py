@@ -4,13 +4,17 @@ oneDNN needs the weights of a convolution in blocks and reorders them at each ca
 pixels and below this takes as long as the convolution. `prepack` reorders them once. Matrices in
 float32 stay as they are: they would gain nothing and would be copied.
 
-    3x3 convolution   of many channels: Winograd's (kernels/winograd.py), with 16/9 of the memory.
-                      In bfloat16 it rounds three times as much as the direct sum, and is used for
-                      the lowest levels only, where it saves the most time.
+    3x3 convolution   of many channels: Winograd's (kernels/winograd.py), with 16/9 of the memory,
+                      or oneDNN's. In bfloat16 Winograd's rounds three times as much as the direct
+                      sum, and is considered for the lowest levels only, where it saves the most.
     1x1 convolution   in float32: a linear map of each pixel.
-    upsampling        four convolutions of the small map (kernels/upsample_conv.py).
+    upsampling        four convolutions of the small map (kernels/upsample_conv.py), or one of the
+                      large map.
     linear map        the sum with a residual, GELU, and the product of a GEGLU are fused into the
                       matrix product.
+
+Where there are two kernels, the faster one is measured on this machine at the first layer of its
+kind (kernels/measured.py).
 
 Feature maps have their channels last in memory. In float32 the rows of a batch do not depend on the
 batch (kernels/batch_invariant.py). oneDNN's channels-last convolutions do not guarantee that: each
@@ -21,7 +25,8 @@ weights, bit for bit.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -31,12 +36,16 @@ from torch import Tensor, nn
 
 from sfumato.errors import UserError
 from sfumato.kernels import batch_invariant, winograd
+from sfumato.kernels.measured import fastest
 from sfumato.kernels.upsample_conv import phase_kernels, upsample_convolve
 from sfumato.nn.attention import GEGLU, GELU
 from sfumato.nn.blocks import Upsample
 
-# Channels from which 3x3 convolutions use kernels/winograd.py.
+# Channels from which kernels/winograd.py is considered for 3x3 convolutions.
 _MANY = {torch.float32: 256, torch.bfloat16: 640}
+# Kinds of layers that are measured: least channels -> side of the feature map. Smaller layers take
+# the preferred kernel.
+_KINDS = {1280: 16, 640: 32, 320: 64, 256: 64, 128: 64}
 _ROWS = 1024  # number of rows that matrices are packed for
 
 
@@ -274,8 +283,53 @@ def _convolution(conv: nn.Conv2d) -> _Packed:
         return Pointwise(conv)
     settings = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
     plain = settings == ((3, 3), (1, 1), (1, 1), (1, 1), 1)
-    many = min(conv.in_channels, conv.out_channels) >= _MANY[conv.weight.dtype]
-    return Winograd(conv) if plain and many else Convolution(conv)
+    channels = min(conv.in_channels, conv.out_channels)
+    if not plain or channels < _MANY[conv.weight.dtype]:
+        return Convolution(conv)
+    return _fastest("3x3 convolution", conv, channels, (Winograd, Convolution))
+
+
+def _upsample(up: Upsample) -> _Packed:
+    return _fastest("upsampling", up, up.conv.out_channels, (UpsamplePhases, UpsampleWhole))
+
+
+def _fastest(
+    name: str, layer: nn.Module, channels: int, kernels: Sequence[Callable[[Any], _Packed]]
+) -> _Packed:
+    """Pack a layer by the faster kernel, measured once for each kind of layer.
+
+    A kind is measured with random numbers and as many channels in as out. The choice does not
+    depend on the sizes of feature maps, or bits would depend on the sizes of earlier calls.
+
+    Args:
+        name: Name of the layer's kind.
+        layer: The plain layer.
+        channels: The lesser of its numbers of channels.
+        kernels: Packed layers; the first is the preferred one.
+    """
+    dtype = next(layer.parameters()).dtype
+    least = next((least for least in _KINDS if channels >= least), None)
+    if least is None:
+        return kernels[0](layer)
+    side = _KINDS[least]
+
+    def prepare(kernel: Callable[[Any], _Packed]) -> Callable[[], object]:
+        with torch.device("meta"):  # initial weights would be drawn from torch's random state
+            plain = (
+                Upsample(least) if isinstance(layer, Upsample) else nn.Conv2d(least, least, 3, 1, 1)
+            )
+        plain = plain.to_empty(device="cpu")
+        numbers = torch.Generator().manual_seed(0)
+        for weight in plain.parameters():
+            weight.data.normal_(generator=numbers)
+        smaller = side // 2 if isinstance(layer, Upsample) else side
+        x = _last(torch.empty(1, least, smaller, smaller).normal_(generator=numbers).to(dtype))
+        packed = kernel(plain.to(dtype).requires_grad_(False))
+        return lambda: packed(x)
+
+    kind = f"{name} of {least} channels, {side} x {side}, {str(dtype).removeprefix('torch.')}"
+    by_name = {kernel.__name__: kernel for kernel in kernels}
+    return by_name[fastest(kind, {n: partial(prepare, k) for n, k in by_name.items()})](layer)
 
 
 class _Linear(_Packed):
@@ -325,13 +379,27 @@ class _Gated(_Packed):
         return batch_invariant.onednn_linear(x, value, value_bias, "mul", gated)
 
 
-class _Upsample(_Packed):
-    """`Upsample`: four convolutions of the map itself, for output of exactly twice the size."""
+class UpsampleWhole(_Packed):
+    """`Upsample`: a convolution of the upsampled map."""
 
     def __init__(self, up: Upsample):
         super().__init__(up.conv.weight.dtype)
+        self.conv = Convolution(up.conv)
+
+    def forward(
+        self, x: Float[Tensor, "B C h w"], size: torch.Size | None = None
+    ) -> Float[Tensor, "B C H W"]:
+        """Upsample to `size`, or by 2, and convolve."""
+        side = (2 * x.shape[-2], 2 * x.shape[-1]) if size is None else tuple(size)
+        return self.conv(F.interpolate(x, size=side, mode="nearest"))
+
+
+class UpsamplePhases(UpsampleWhole):
+    """`Upsample`: four convolutions of the map itself, for output of exactly twice the size."""
+
+    def __init__(self, up: Upsample):
+        super().__init__(up)
         conv = up.conv
-        self.conv = Convolution(conv)  # for maps with an odd side, and for the state dict
         self.width = conv.out_channels
         self.one_calls = [[_OneCall() for _ in range(2)] for _ in range(2)]
         size = [1, conv.in_channels, 64, 64]
@@ -343,8 +411,9 @@ class _Upsample(_Packed):
     def forward(
         self, x: Float[Tensor, "B C h w"], size: torch.Size | None = None
     ) -> Float[Tensor, "B C H W"]:
+        """Convolve the map itself where the output has twice its size."""
         if size is not None and tuple(size) != (2 * x.shape[-2], 2 * x.shape[-1]):
-            return self.conv(F.interpolate(x, size=tuple(size), mode="nearest"))
+            return super().forward(x, size)
         _check(x, self.dtype)
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).permute(0, 3, 1, 2)
         return upsample_convolve(padded, self.width, self._convolve)
@@ -374,7 +443,7 @@ def _last(x: Tensor) -> Tensor:
 
 
 _LAYERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
-    Upsample: _Upsample,
+    Upsample: _upsample,
     GEGLU: _Gated,
     GELU: _Linear,
     nn.Conv2d: _convolution,

@@ -44,9 +44,11 @@ every test of invariance with the kernels of other processors, and `sfumato info
 the machine at hand.
 """
 
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,6 +57,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sfumato.kernels import attention_backend, cpu_attention
+from sfumato.kernels.measured import fastest
 from sfumato.kernels.mkl_threads import one_thread
 
 _LINE = 16  # float32 numbers in a cache line of 64 bytes
@@ -69,6 +72,7 @@ _PIXELS = 64  # pixels of a map from which 1x1 convolutions are computed image b
 # Elements that torch's loops process per vector step with AVX-512, a multiple of other processors'.
 _VECTOR = 32
 _SHORT = 512  # tokens
+_MEASURED = 2**16  # scores of a head from which the kernel of bfloat16 attention is measured
 _PIECE = 64  # more queries of a head than torch's fused attention takes as one piece of work
 _GRAIN = 32768  # elements per thread in elementwise work (at::internal::GRAIN_SIZE)
 _ALONE = 16384  # elements that one thread computes; above, torch divides GELU among all threads
@@ -245,19 +249,12 @@ def attend(
 ) -> Float[Tensor, "B N D"]:
     """`attention` for inputs that are split into heads, D = H d.
 
-    In bfloat16 on the CPU, kernels/cpu_attention.py takes many tokens. Other narrow heads are
-    computed in float32: torch's bfloat16 kernel takes a fifth longer (64 x 64 cells, 8 heads of 40;
-    a tenth longer for heads of 64, a tenth less for heads of 128).
+    For inference in bfloat16 on the CPU see `_attend_bfloat16`.
     """
-    if _BFLOAT16 and cpu_attention.fits(q, k):
-        if torch.compiler.is_compiling():
-            return _attend(q, k, v, mask)
-        y = cpu_attention.attend(q, k, v, mask, onednn())
+    if q.dtype == torch.bfloat16 and q.is_cpu and not torch.is_grad_enabled():
+        y = _attend_bfloat16(q, k, v, mask)
         if y is not None:
-            attention_backend.report("blockwise", q, q.shape[1], k.shape[1], mask is not None)
             return y
-    if q.dtype == torch.bfloat16 and q.is_cpu and q.shape[-1] < 128 and not torch.is_grad_enabled():
-        return attend(q.float(), k.float(), v.float(), mask).bfloat16()
     count = q.shape[1]
     if _short(q, k):
         return _by_products(q, k, v, mask)
@@ -278,6 +275,60 @@ def attend(
     with one_thread() if applies(q) else nullcontext():
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
     return y.transpose(1, 2).flatten(2)[: 1 if lone else None, :count]
+
+
+def _attend_bfloat16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Attend in bfloat16 by the fastest kernel on this machine; None where that is torch's.
+
+    kernels/cpu_attention.py is a choice for many tokens and wide heads, and float32 for all. The
+    preferred kernel is the faster one on Zen 4, where torch's bfloat16 kernel takes a fifth longer
+    than float32 for heads of 40 (64 x 64 cells), and a tenth less for heads of 128.
+    """
+    rule = "float32" if q.shape[-1] < 128 else "bfloat16"
+    kernels: dict[str, Callable[..., Tensor | None]] = {
+        "blockwise": lambda q, k, v: cpu_attention.attend(q, k, v, None, onednn()),
+        "float32": lambda q, k, v: attend(q.float(), k.float(), v.float()).bfloat16(),
+        "bfloat16": lambda q, k, v: F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        ),
+    }
+    if not (_BFLOAT16 and cpu_attention.fits(q, k)):
+        del kernels["blockwise"]
+    elif torch.compiler.is_compiling():
+        return _attend(q, k, v, mask)
+    preferred = [name for name in ("blockwise", rule) if name in kernels]
+    ordered = {name: kernels[name] for name in dict.fromkeys((*preferred, *kernels))}
+    kernel = preferred[0] if _is_traced() else _fastest_attention(q, k, ordered)
+    if kernel == "blockwise":
+        y = cpu_attention.attend(q, k, v, mask, onednn())
+        if y is not None:
+            attention_backend.report("blockwise", q, q.shape[1], k.shape[1], mask is not None)
+            return y
+        kernel = rule
+    if kernel == "float32":
+        return attend(q.float(), k.float(), v.float(), mask).bfloat16()
+    return None
+
+
+def _fastest_attention(
+    q: Tensor, k: Tensor, kernels: Mapping[str, Callable[..., Tensor | None]]
+) -> str:
+    """Name the fastest kernel for about so many tokens, measured once for each kind of call."""
+    count, keys = (2 ** min(12, int(math.log2(max(1, x.shape[1])))) for x in (q, k))
+    if count * keys < _MEASURED:
+        return next(iter(kernels))
+    heads, width = min(q.shape[2], 4 * torch.get_num_threads()), q.shape[3]
+
+    def prepare(kernel: Callable[..., Tensor | None]) -> Callable[[], object]:
+        numbers = torch.Generator().manual_seed(0)
+        parts = [
+            torch.empty(1, n, heads, width).normal_(generator=numbers).to(q.dtype)
+            for n in (count, keys, keys)
+        ]
+        return lambda: kernel(*parts)
+
+    kind = f"attention in bfloat16, {heads} heads of {width}, {count} x {keys} tokens"
+    return fastest(kind, {name: partial(prepare, kernel) for name, kernel in kernels.items()})
 
 
 @torch.library.custom_op("sfumato::attend", mutates_args=())
