@@ -209,7 +209,7 @@ def test_settings_come_from_the_folder(folders: dict[str, Path], tmp_path: Path)
     table("model_index.json", force_zeros_for_empty_prompt=...)(folder)  # diffusers' own default
     assert ClipText.from_folder(folder).config == ClipTextConfig(force_zeros_for_empty_prompt=True)
     settings = ClipTextConfig(
-        weighting=False,
+        weighting="a1111",
         truncation="refuse",
         clip_skip=1,
         force_zeros_for_empty_prompt=False,
@@ -346,7 +346,10 @@ KINDS = [
         "ImageSpec(64, 64, aesthetic_score='good')",
         "aesthetic_score='good': expected a number of at least 0",
     ),
-    ("ClipTextConfig(weighting=1)", "weighting=1: expected true or false"),
+    (
+        "ClipTextConfig(weighting=1)",
+        "unknown weighting 1: expected one of a1111, a1111_no_norm, comfyui, lerp, none",
+    ),
     (
         "ClipTextConfig(force_zeros_for_empty_prompt='no')",
         "force_zeros_for_empty_prompt='no': expected true or false",

@@ -25,6 +25,7 @@ from sfumato.cli import main
 from sfumato.cli.generate import slug
 from sfumato.errors import NumericalError, UserError
 from sfumato.images import read_parameters, to_pil, write_png
+from sfumato.predict.conditioners.unconditional import Unconditional
 from sfumato.registry import names
 from sfumato.sampling import Request
 
@@ -54,6 +55,7 @@ class StubModel:
         self.requests: list[dict[str, Any]] = []
 
     defaults = types.SimpleNamespace(steps=3, guidance=2.0)
+    conditioner = Unconditional()
 
     def plan(self, request: Request) -> StubPlan:
         settings = {

@@ -281,6 +281,6 @@ def without_prompt_weights(model: LatentDiffusion) -> LatentDiffusion:
     return replace(
         model,
         conditioner=replace(
-            model.conditioner, config=replace(model.conditioner.config, weighting=False)
+            model.conditioner, config=replace(model.conditioner.config, weighting="none")
         ),
     )

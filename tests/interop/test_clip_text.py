@@ -46,7 +46,7 @@ def conditioners(folders: dict[str, Path]) -> dict[str, ClipText]:
 
 
 def plain(conditioner: ClipText, **settings: Any) -> ClipText:
-    return replace(conditioner, config=replace(conditioner.config, weighting=False, **settings))
+    return replace(conditioner, config=replace(conditioner.config, weighting="none", **settings))
 
 
 def pipeline(kind: str, folder: Path | None = None) -> Any:
@@ -288,7 +288,7 @@ def test_folders_of_older_versions_open(
     result = plain(ClipText.from_folder(tmp_path))
     assert torch.equal(result(PROMPTS).tensors[0], conditioners["sd1"](PROMPTS).tensors[0])
     assert result.identity() == conditioners["sd1"].identity() and result.config == ClipTextConfig(
-        weighting=False
+        weighting="none"
     )
 
 

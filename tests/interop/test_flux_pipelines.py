@@ -269,6 +269,35 @@ def test_guidance_of_0(folders: dict[str, Path]) -> None:
         model.generate(PROMPTS, guidance=0, negative_prompt="a dog", **SIZE)
 
 
+def test_brackets_are_text_which_is_logged(
+    folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """T5 has no weights: a prompt of another program draws its brackets."""
+    model = load(folders["schnell"])
+    for prompt, text in (
+        ("a (red:1.3) cat", "'red'"),
+        ("a [red] cat", "'red'"),
+        ("a BREAK cat", "'BREAK'"),
+        ("at (12:30)", "'at (12:30)'"),
+    ):
+        caplog.clear()
+        plan = model.plan(Request(prompt))
+        assert [r.levelname for r in caplog.records] == ["WARNING"]
+        assert f"which reads them as text ({text}): leave them out" in caplog.text
+        caplog.clear()
+        assert model.plan(Request(prompt, prompt_weights="none")).prompts == plan.prompts
+        model.plan(Request("a cat: red, 3 o'clock"))
+        assert not caplog.records
+    words = {"negative_prompt": "(ugly)", "guidance": 2}
+    model.plan(Request("a cat", **words))
+    assert "(ugly)" not in caplog.text and "'ugly'" in caplog.text
+    assert "prompt_weights" not in model.plan(Request("a cat")).to_json()
+    with pytest.raises(UserError, match="prompt_weights='a1111': this model cannot weigh"):
+        model.plan(Request("a cat", prompt_weights="a1111"))
+    with pytest.raises(UserError, match="unknown rule of prompt weights 'a1112'"):
+        model.plan(Request("a cat", prompt_weights="a1112"))
+
+
 def test_schnell_by_two_passes(folders: dict[str, Path]) -> None:
     pipe, model = open_pipeline(folders["schnell"]), load(folders["schnell"])
     words: dict[str, Any] = {"negative_prompt": ["ugly", "a dog"]}

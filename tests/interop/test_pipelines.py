@@ -6,12 +6,14 @@ library open in the other.
 """
 
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import diffusers
 import pytest
 import torch
+from PIL import Image as pil
 
 from helpers import clip_encoders
 from helpers.models import randomised
@@ -31,10 +33,14 @@ from helpers.pipelines import (
     vae_blocks,
     without_prompt_weights,
 )
+from sfumato.cli import main
+from sfumato.cli._options import PromptWeights
 from sfumato.errors import UserError
+from sfumato.images import read_parameters, write_png
 from sfumato.kernels import batch_invariant
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
+from sfumato.predict.conditioners.base import PROMPT_WEIGHTS
 from sfumato.predict.conditioners.clip_text import ClipText
 from sfumato.sampling import Request
 from sfumato.tasks.edit import edit
@@ -125,6 +131,61 @@ def test_guidance_up_to_1_draws_the_prompt(family: str, folders: dict[str, Path]
             model.generate("a red cat", guidance=scale, negative_prompt="a dog", **options)
     guided = model.generate("a red cat", guidance=2.0, output="tensor", **options)
     assert (guided - result).abs().max() > 0.01, "guidance shows"
+
+
+WEIGHTED = "a (cat:1.8), [red] BREAK dog"
+
+
+def test_a_request_sets_the_rule_of_prompt_weights(
+    folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load(folders["SDXL"])
+    images = {
+        rule: model.generate(WEIGHTED, steps=1, prompt_weights=rule, output="tensor")
+        for rule in (None, *PROMPT_WEIGHTS)
+    }
+    assert torch.equal(images[None], images["lerp"])
+    distinct = [images[rule] for rule in PROMPT_WEIGHTS]
+    assert not any(torch.equal(a, b) for a, b in combinations(distinct, 2))
+    plan = model.plan(Request(WEIGHTED, prompt_weights="comfyui"))
+    assert plan.to_json()["prompt_weights"] == "comfyui"
+    assert model.settings()["prompt_weights"] == "lerp"
+    stored = replace(model, conditioner=model.conditioner.with_prompt_weights("none"))
+    assert torch.equal(stored.generate(WEIGHTED, steps=1, output="tensor"), images["none"]), (
+        "the model's own rule applies where the request has none"
+    )
+    with pytest.raises(UserError, match=r"unknown rule of prompt weights 'A1111': .* 'a1111'"):
+        model.plan(Request(WEIGHTED, prompt_weights="A1111"))
+    # notations that a rule refuses are text under another one
+    with pytest.raises(UserError, match=r"has \[from:to:when\]"):
+        model.plan(Request("a [cat:dog:0.5]"))
+    model.plan(Request("a [cat:dog:0.5]", negative_prompt="[a|b]", prompt_weights="none"))
+    assert not [r for r in caplog.records if "BREAK" in r.message]
+
+
+def test_a_png_records_the_rule_and_older_ones_mean_a1111(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def draw(*arguments: str) -> tuple[Any, dict[str, Any]]:
+        out = tmp_path / f"{len([*tmp_path.iterdir()])}.png"
+        assert main(["generate", *arguments, "--out", str(out)]) == 0, capsys.readouterr().err
+        return pil.open(out).tobytes(), read_parameters(out)
+
+    request = ["--model", str(folders["SD 1"]), "--n", "1", "--steps", "1"]
+    pixels, parameters = draw(WEIGHTED, *request, "--prompt-weights", "comfyui")
+    assert parameters["prompt_weights"] == "comfyui"
+    again, _ = draw("--from", str(tmp_path / "0.png"))
+    usual, parameters = draw(WEIGHTED, *request)
+    assert again == pixels != usual and parameters["prompt_weights"] == "lerp"
+    older = {name: value for name, value in parameters.items() if name != "prompt_weights"}
+    write_png(tmp_path / "2.png", pil.open(tmp_path / "0.png"), older)
+    again, parameters = draw("--from", str(tmp_path / "2.png"))
+    a1111, _ = draw(WEIGHTED, *request, "--prompt-weights", "a1111")
+    assert again == a1111 != usual and parameters["prompt_weights"] == "a1111"
+
+
+def test_the_command_line_has_every_rule() -> None:
+    assert get_args(PromptWeights) == PROMPT_WEIGHTS
 
 
 @pytest.mark.parametrize("family", TEXT_TO_IMAGE)

@@ -18,14 +18,23 @@ from torch import Tensor
 from helpers import clip_encoders
 from sfumato.errors import UserError
 from sfumato.predict.conditioners._chunks import BACK, cut
-from sfumato.predict.conditioners._prompt import parse
-from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig, weigh
+from sfumato.predict.conditioners._prompt import parse, parse_comfyui
+from sfumato.predict.conditioners._weigh import weigh
+from sfumato.predict.conditioners.base import PROMPT_WEIGHTS
+from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig
 from sfumato.predict.text_encoders.clip import ClipEncoder, Token
+from sfumato.train.caption_embeddings import Captions
 from sfumato.types import ImageSpec
 
 quick = hypothesis_settings(max_examples=200, deadline=None)
 
 # ---- the grammar ---------------------------------------------------------------------------------
+
+
+def pieces_of(prompt: str) -> list[tuple[str, float]]:
+    """The pieces of a prompt without BREAK."""
+    (pieces,) = parse(prompt)
+    return pieces
 
 
 @pytest.mark.parametrize(
@@ -56,7 +65,95 @@ quick = hypothesis_settings(max_examples=200, deadline=None)
     ],
 )
 def test_examples(prompt: str, pieces: list[tuple[str, float]]) -> None:
-    assert parse(prompt) == [(text, pytest.approx(weight, rel=1e-15)) for text, weight in pieces]
+    expected = [(text, pytest.approx(weight, rel=1e-15)) for text, weight in pieces]
+    assert pieces_of(prompt) == expected
+
+
+def test_doctests_of_the_program_whose_notation_it_is() -> None:
+    """Those of its parse_prompt_attention, with "on" at 1.1 / 1.1 = 1 beside its neighbours."""
+    cases = {
+        "normal text": [("normal text", 1.0)],
+        "an (important) word": [("an ", 1.0), ("important", 1.1), (" word", 1.0)],
+        "(unbalanced": [("unbalanced", 1.1)],
+        r"\(literal\]": [("(literal]", 1.0)],
+        "(unnecessary)(parens)": [("unnecessaryparens", 1.1)],
+        "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).": [
+            ("a ", 1.0),
+            ("house", 1.573),
+            (" ", 1.1),
+            ("on", 1.0),
+            (" a ", 1.1),
+            ("hill", 0.55),
+            (", sun, ", 1.1),
+            ("sky", 1.4641),
+            (".", 1.1),
+        ],
+    }
+    for prompt, pieces in cases.items():
+        expected = [(text, pytest.approx(weight, rel=1e-12)) for text, weight in pieces]
+        assert pieces_of(prompt) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "segments"),
+    [
+        ("a BREAK b", ["a", "b"]),
+        ("a\nBREAK\nb", ["a", "b"]),
+        ("a,BREAK,b", ["a,", ",b"]),
+        ("a, BREAK b,\n BREAK: c", ["a,", "b,", ": c"]),
+        ("BREAK a", ["", "a"]),
+        ("a BREAK", ["a", ""]),
+        ("a BREAK BREAK b", ["a", "", "b"]),
+        ("BREAK", ["", ""]),
+        ("a.BREAK!", ["a.", "!"]),
+        ("a break Break BREAKFAST OUTBREAK _BREAK", ["a break Break BREAKFAST OUTBREAK _BREAK"]),
+    ],
+)
+def test_break_is_a_word_of_its_own_in_capitals(prompt: str, segments: list[str]) -> None:
+    assert parse(prompt) == [[(text, 1.0)] for text in segments]
+
+
+def test_brackets_reach_beyond_break() -> None:
+    assert parse("a (b BREAK c:1.5) [BREAK d]") == [
+        [("a ", 1.0), ("b", 1.5)],
+        [("c", 1.5), (" ", 1.0)],
+        [("d", 1 / 1.1)],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pieces"),
+    [
+        ("", [("", 1.0)]),
+        ("a [red] BREAK hat", [("a [red] BREAK hat", 1.0)]),
+        ("a (red) (hat:1.3)", [("a ", 1.0), ("red", 1.1), (" ", 1.0), ("hat", 1.3)]),
+        ("((red))", [("red", 1.1 * 1.1)]),
+        ("((red:1.3) hat:0.5)", [("red", 1.3), (" hat", 0.5)]),  # replaced, not multiplied
+        ("(a (b))", [("a ", 1.1), ("b", 1.1 * 1.1)]),
+        (r"\(a\) (b\):2)", [("(a) ", 1.0), ("b)", 2.0)]),
+        (r"a \[b\] c:\d", [(r"a \[b\] c:\d", 1.0)]),
+        ("a (red hat", [("a (red hat", 1.0)]),  # never closed: text
+        ("a) b", [("a) b", 1.0)]),
+        ("(a:b)", [("a:b", 1.1)]),
+        ("(:1.3)", [(":1.3", 1.1)]),
+        ("(a:1.2:3)", [("a:1.2", 3.0)]),
+        ("(a: -1e-1 )", [("a", -0.1)]),
+        ("()", [("", 1.0)]),
+    ],
+)
+def test_examples_of_comfyui(prompt: str, pieces: list[tuple[str, float]]) -> None:
+    assert parse_comfyui(prompt) == pieces
+
+
+@pytest.mark.parametrize("number", ["30", "-11", "nan", "inf"])
+def test_comfyuis_weights_are_bounded_too(number: str) -> None:
+    with pytest.raises(UserError, match=f"weight {number} in prompt .*expected -10 to 10"):
+        parse_comfyui(f"a (b:{number})")
+
+
+def test_parentheses_nest_without_bound() -> None:
+    assert parse_comfyui("(" * 3000 + "a:0.5" + ")" * 3000) == [("a", 0.5)]
+    assert pieces_of("([" * 3000 + "a" + "])" * 3000) == [("a", pytest.approx(1.0))]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +213,7 @@ def joined(pieces: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
 @quick
 @given(trees)
 def test_weights_nest_and_multiply_and_all_text_survives(forest: list[Tree]) -> None:
-    result = parse("".join(map(written, forest)))
+    result = pieces_of("".join(map(written, forest)))
     assert joined(result) == joined([piece for tree in forest for piece in weights(tree)])
     assert all(a[1] != b[1] for a, b in pairwise(result)) and len(result) >= 1
 
@@ -127,20 +224,20 @@ def test_weights_nest_and_multiply_and_all_text_survives(forest: list[Tree]) -> 
     st.integers(1, 4),
 )
 def test_plain_text_is_itself(text: str, depth: int) -> None:
-    assert parse(text) == [(text, 1.0)]
-    assert parse(text + ")" * depth) == [(text + ")" * depth, 1.0)]
+    assert pieces_of(text) == [(text, 1.0)]
+    assert pieces_of(text + ")" * depth) == [(text + ")" * depth, 1.0)]
     weight = 1.0
     for _ in range(depth):
         weight *= 1.1
     if text:
-        assert parse("(" * depth + text) == [(text, weight)]
+        assert pieces_of("(" * depth + text) == [(text, weight)]
 
 
 @quick
-@given(st.text(alphabet=r"a:1.|()[]\ ,"))
-def test_any_text_is_read_or_refused_in_a_sentence(text: str) -> None:
+@given(st.text(alphabet=r"a:1.|()[]\ ,"), st.sampled_from([pieces_of, parse_comfyui]))
+def test_any_text_is_read_or_refused_in_a_sentence(text: str, notation: Any) -> None:
     try:
-        pieces = parse(text)
+        pieces = notation(text)
     except UserError as error:
         assert "\n" not in str(error)
     else:
@@ -292,37 +389,111 @@ def test_a_long_prompt_can_be_refused_and_nothing_is_cut_off(sd: ClipText) -> No
     assert torch.equal(tokens(strict, CATS), tokens(sd, CATS))
     with pytest.raises(
         UserError,
-        match=r"prompt 'cat cat .* dog' has 76 tokens: expected at most 75; "
+        match=r"prompt 'cat cat .* dog' has 76 tokens: expected at most 75 tokens in one chunk; "
         r"shorten it, or set truncation='chunks'",
     ):
         strict(["cat", CATS + "dog"])
+    with pytest.raises(UserError, match="prompt 'cat BREAK dog' has BREAK: expected at most 75"):
+        strict(["cat BREAK dog"])
     for count in (74, 75, 76, 149, 150, 151):  # the last word always shows
         assert not torch.equal(tokens(sd, "cat " * count), tokens(sd, "cat " * (count - 1) + "dog"))
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_weights_multiply_states_and_restore_the_mean(
-    kind: str, request: pytest.FixtureRequest
-) -> None:
+def test_break_ends_a_chunk_that_padding_fills(kind: str, request: pytest.FixtureRequest) -> None:
+    """Each chunk is as its text alone; an empty one is of padding; the last BREAK begins none."""
     conditioner: ClipText = request.getfixturevalue(kind)
-    plain, result = (
-        tokens(conditioner, "a cat, red dog")[0],
-        tokens(conditioner, "a (cat:1.5), [red dog]")[0],
-    )
-    column = torch.ones(77, 1)
-    column[2], column[4:6] = 1.5, 1 / 1.1  # begin, a, cat, comma, red, dog
-    for width in (slice(0, 16), slice(16, 40))[: 1 + (kind == "sdxl")]:  # each encoder for itself
-        by_hand = plain[:, width].double() * column
-        by_hand *= plain[:, width].double().mean() / by_hand.mean()
-        torch.testing.assert_close(result[:, width].double(), by_hand, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(
-            result[:, width].mean(), plain[:, width].mean(), rtol=1e-4, atol=1e-7
-        )
+    for prompt, parts in (
+        ("cat BREAK dog", ["cat", "dog"]),
+        ("cat,\nBREAK\n, dog", ["cat,", ", dog"]),
+        ("BREAK cat BREAK", ["", "cat"]),
+        ("cat BREAK BREAK red dog", ["cat", "", "red dog"]),
+        (CATS + "BREAK " + CATS + "dog", [CATS, CATS, "dog"]),
+        ("(cat BREAK red:1.5) dog", ["(cat:1.5)", "(red:1.5) dog"]),
+    ):
+        expected = torch.cat([tokens(conditioner, part) for part in parts], 1)
+        assert torch.equal(tokens(conditioner, prompt), expected), prompt
+        if kind == "sdxl":
+            assert torch.equal(pooled(conditioner, prompt), pooled(conditioner, parts[0]))
+    for rule in ("comfyui", "none"):  # a word there
+        word = conditioner.with_prompt_weights(rule)
+        assert tokens(word, "cat BREAK dog").shape[1] == 77
+    assert torch.equal(tokens(word, "cat BREAK dog"), tokens(conditioner, "cat break dog"))
+
+
+WEIGHTED = "a (cat:1.5), [red dog]"
+
+
+def states_by_hand(conditioner: ClipText, rule: str) -> Tensor:
+    """The states of WEIGHTED by the formulas, in float64, each encoder for itself."""
+    plain, empty = (tokens(conditioner, text)[0].double() for text in ("a cat, red dog", ""))
+    column = torch.ones(77, 1, dtype=torch.float64)
+    # begin, a, cat, comma, red, dog; [ ] is text in ComfyUI
+    column[2], column[4:6] = 1.5, 1 / 1.1
+    parts = []
+    for z, z_0 in zip(*(v.split([16, v.shape[1] - 16], 1) for v in (plain, empty)), strict=True):
+        if rule == "lerp":
+            parts.append(z_0 + column * (z - z_0))
+        elif z.numel():
+            factor = z.mean() / (column * z).mean() if rule == "a1111" else 1
+            parts.append(factor * column * z)
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("rule", ["lerp", "a1111", "a1111_no_norm"])
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_rules_by_hand(kind: str, rule: str, request: pytest.FixtureRequest) -> None:
+    conditioner: ClipText = request.getfixturevalue(kind)
+    weighing = conditioner.with_prompt_weights(rule)
+    result, plain = tokens(weighing, WEIGHTED)[0], tokens(conditioner, "a cat, red dog")[0]
+    expected = states_by_hand(conditioner, rule)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-5)
+    unweighted = torch.tensor([0, 1, 3, *range(6, 77)])
+    assert torch.equal(result[unweighted], plain[unweighted]) == (rule != "a1111")
     assert not torch.allclose(result, plain, rtol=1e-2)
     if kind == "sdxl":
-        assert torch.equal(
-            pooled(conditioner, "a (cat:1.5), [red dog]"), pooled(conditioner, "a cat, red dog")
-        )
+        assert torch.equal(pooled(weighing, WEIGHTED), pooled(conditioner, "a cat, red dog"))
+
+
+def test_the_usual_rule_is_comfyuis_with_another_notation(sdxl: ClipText) -> None:
+    assert sdxl.prompt_weights == "lerp" == ClipTextConfig().weighting
+    comfyui = sdxl.with_prompt_weights("comfyui")
+    prompt = "a (cat:1.5), (red dog)"
+    assert torch.equal(tokens(sdxl, prompt), tokens(comfyui, prompt))
+    # numbers inside of brackets replace there and multiply here; [ ] is text there
+    assert torch.equal(tokens(sdxl, "((cat:1.5):2)"), tokens(comfyui, "(cat:3)"))
+    assert torch.equal(tokens(comfyui, "((cat:1.5):2)"), tokens(sdxl, "(cat:1.5)"))
+    assert torch.equal(tokens(comfyui, "[cat]"), tokens(sdxl, r"\[cat\]"))
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, 0.3, 1.1, 1.9, 8.0])
+def test_unweighted_words_keep_every_bit_whatever_the_weights(
+    sdxl: ClipText, weight: float
+) -> None:
+    """No factor acts on them, and none can change its sign."""
+    result, plain = tokens(sdxl, f"a (cat:{weight}) red"), tokens(sdxl, "a cat red")
+    assert torch.equal(result[:, [0, 1, *range(3, 77)]], plain[:, [0, 1, *range(3, 77)]])
+    if weight == 0:  # as padding at that place
+        assert torch.equal(result[:, 2], tokens(sdxl, "")[:, 2])
+
+
+def test_a1111s_factor_is_that_programs_and_logged(
+    sdxl: ClipText, caplog: pytest.LogCaptureFixture
+) -> None:
+    """States whose mean is nearly 0, as SDXL's, change their sign: its images are made so."""
+    states = torch.tensor([[1.0], [-0.9], [-0.01]])
+    chunk = [Token(0, 2.0)]
+    weighted = states * torch.tensor([[1.0], [2.0], [1.0]])
+    factor = states.mean() / weighted.mean()
+    assert factor < 0
+    assert torch.equal(weigh(states, chunk, "a1111"), weighted * factor)
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "under the rule a1111, as in that program" in caplog.text
+    caplog.clear()
+    for rule in ("a1111_no_norm", "lerp"):
+        weigh(states, chunk, rule, 0 * states)
+    weigh(states + 9, chunk, "a1111")
+    assert not caplog.records
 
 
 def test_a_weight_of_one_changes_no_bit_and_brackets_can_be_text(sd: ClipText) -> None:
@@ -334,14 +505,38 @@ def test_a_weight_of_one_changes_no_bit_and_brackets_can_be_text(sd: ClipText) -
         "a cat(), red dog",
     ):
         assert torch.equal(tokens(sd, prompt), plain)
-    off = replace(sd, config=replace(sd.config, weighting=False))
+    off = sd.with_prompt_weights("none")
     assert torch.equal(tokens(off, "a (cat:1.5)"), tokens(sd, r"a \(cat:1.5\)"))
     assert not torch.equal(tokens(off, "a (cat:1.5)"), tokens(sd, "a (cat:1.5)"))
 
 
 def test_weights_that_leave_nothing_are_refused() -> None:
-    with pytest.raises(UserError, match=r"weights \[-2.0\] leave nothing"):
-        weigh(torch.ones(3, 2), [Token(0, -2.0)])  # 1 - 2 + 1
+    with pytest.raises(UserError, match=r"weights \[-2.0\] leave a prompt no mean"):
+        weigh(torch.ones(3, 2), [Token(0, -2.0)], "a1111")  # 1 - 2 + 1
+
+
+def test_plain_prompts_are_the_same_under_every_rule(sdxl: ClipText) -> None:
+    for prompt in ("a cat, red dog", CATS + DOGS, "a cat: red, 3 o'clock", ""):
+        plain = sdxl([prompt], PICTURE)
+        for rule in PROMPT_WEIGHTS:
+            result = sdxl.with_prompt_weights(rule)([prompt], PICTURE)
+            assert all(map(torch.equal, result.tensors, plain.tensors))
+
+
+def test_captions_of_training_images_are_text(sd: ClipText) -> None:
+    texts = ["miku (vocaloid)", "at (12:30)", "a [b|c] BREAK"]
+    captions, plain = Captions(sd, texts), sd.with_prompt_weights("none")
+    for index, text in enumerate(texts):
+        result = captions.from_labels(torch.tensor([index])).tokens
+        assert result is not None and torch.equal(result, tokens(plain, text))
+
+
+def test_files_hold_the_rule_and_older_ones_are_read() -> None:
+    for rule in PROMPT_WEIGHTS:
+        config = ClipTextConfig(weighting=rule)
+        assert ClipTextConfig.from_dict(config.to_dict()) == config
+    stored = [ClipTextConfig(weighting=rule).to_dict()["weighting"] for rule in ("lerp", "none")]
+    assert stored == [True, False], "as before, so that a model keeps its hash"
 
 
 def test_half_precision_gives_float32_near_by(sdxl: ClipText) -> None:

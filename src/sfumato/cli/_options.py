@@ -123,6 +123,7 @@ FEW = 4
 """Steps up to which packing weights costs more than it gains (three, measured on SD 1)."""
 
 Precision = Literal["fp32", "bf16", "fp16"]
+PromptWeights = Literal["lerp", "comfyui", "a1111", "a1111_no_norm", "none"]
 
 
 def torch_dtype(name: str) -> "torch.dtype":
@@ -164,6 +165,8 @@ class RunOptions:
     """Prompt for the second text encoder (SDXL, SD 3, FLUX.1)."""
     negative_prompt_2: Annotated[str | None, unset("the negative prompt")] = None
     """Negative prompt for the second text encoder."""
+    prompt_weights: Annotated[PromptWeights | None, unset(MODELS)] = None
+    """Rule for "(word:1.3)" in prompts, usually lerp; none: brackets are text."""
     seed: Seed = 0
     """Seed of the first image, below 2^64, or random. The same seed gives the same image."""
     out: Annotated[

@@ -127,7 +127,7 @@ def run_request(
     clock.lap("load")
     request = options.request(model)
     # The settings of the plain request: a task may run another sampler, or other guidance.
-    names = ("n", "steps", "sampler", "spacing", "guidance", "distilled_guidance")
+    names = ("n", "steps", "sampler", "spacing", "guidance", "distilled_guidance", "prompt_weights")
     settings = model.settings(**{name: getattr(request, name) for name in names})
     plan = prepare(model, request)
     with sampling_progress(name, clock) as on_step:

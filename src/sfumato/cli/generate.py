@@ -99,7 +99,7 @@ LATER: dict[str, Kind] = {"spacing": str, "timesteps": list}
 OPTIONAL: dict[str, Kind] = {
     **dict.fromkeys(("transformer", "dtype", "device"), str),
     "distilled_guidance": _NUMBER,
-    **dict.fromkeys(("prompt_2", "negative_prompt_2"), str),
+    **dict.fromkeys(("prompt_2", "negative_prompt_2", "prompt_weights"), str),
     "variation_strength": _NUMBER,
     "variation_seed": int,
     "refiner": str,
@@ -140,6 +140,9 @@ def generate(arguments: Sequence[str]) -> None:
     model = options.load_for_sampling(options.model, steps, options.transformer)
     if previous and same:
         _check_same_model(model, "model", options, previous)
+    if previous and model.conditioner.prompt_weights == "lerp" and options.prompt_weights is None:
+        # Older PNG files record no rule: it was this one.
+        options = replace(options, prompt_weights="a1111")
     refiner = None
     if options.refiner is not None:
         refiner = options.load_for_sampling(options.refiner, steps)

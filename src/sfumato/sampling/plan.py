@@ -5,6 +5,7 @@ refuse a request before it is queued. A run of a `Plan` can fail with `Numerical
 for want of memory, and for no other reason.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,7 +18,7 @@ from sfumato.compress.base import SequentialAutoencoder
 from sfumato.diffuse.run import all_finite
 from sfumato.diffuse.samplers import Sampler, check_run, get_sampler, traits_of
 from sfumato.diffuse.timesteps import check_times, timesteps
-from sfumato.errors import UserError
+from sfumato.errors import UserError, quoted
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.guidance.settings import Guidance
 from sfumato.predict.networks.base import Network
@@ -36,6 +37,8 @@ from sfumato.sampling.request import (
 from sfumato.types import Conditioning, ImageSpec, LatentSpace
 from sfumato.validate import number_in, one_of, positive_int, seed_number, whole_number
 
+logger = logging.getLogger(__name__)
+
 Prompts = tuple[str | None, ...]
 
 
@@ -52,6 +55,7 @@ class Settings:
         distilled_guidance: Guidance scale of a guidance-distilled network; None for others.
         height: In pixels.
         width: In pixels.
+        prompt_weights: Rule by which brackets weigh words; None: this model cannot weigh them.
     """
 
     n: int
@@ -62,13 +66,18 @@ class Settings:
     distilled_guidance: float | None
     height: int
     width: int
+    prompt_weights: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as a JSON object; `distilled_guidance` only where it has a value."""
+        """The settings as a JSON object.
+
+        `distilled_guidance` and `prompt_weights` are in it only where they have a value.
+        """
         values = {f.name: getattr(self, f.name) for f in fields(Settings)}
         values["guidance"] = self.guidance.to_json()
-        if self.distilled_guidance is None:
-            del values["distilled_guidance"]
+        for name in ("distilled_guidance", "prompt_weights"):
+            if values[name] is None:
+                del values[name]
         return values
 
 
@@ -160,6 +169,7 @@ def resolve_settings(model: Model, request: Request) -> Settings:
         distilled_guidance=distilled,
         height=height,
         width=width,
+        prompt_weights=_prompt_weights(model, request),
     )
 
 
@@ -316,6 +326,13 @@ def without_guidance(model: Model, request: Request) -> Request:
 # ---- prompts -------------------------------------------------------------------------------------
 
 
+def _prompt_weights(model: Model, request: Request) -> str | None:
+    """The rule for brackets: the request's, or the conditioner's; None: they cannot weigh."""
+    rule = request.prompt_weights
+    conditioner = model.conditioner.with_prompt_weights(rule)
+    return conditioner.prompt_weights if rule is None else rule
+
+
 def prompt_list(prompt: Prompt, n: int) -> list[str | None]:
     """One prompt an image.
 
@@ -336,6 +353,7 @@ def _read_prompts(
 ) -> dict[str, Any]:
     """Fields of the plan: prompts and negative prompts of each image, for both text encoders."""
     n = settings.n
+    conditioner = model.conditioner.with_prompt_weights(settings.prompt_weights)
 
     def pair(
         name: str, prompt: Prompt, second: Prompt, image_spec: ImageSpec
@@ -352,7 +370,9 @@ def _read_prompts(
                     "expected a text for the first text encoder too; '' is an empty prompt"
                 )
         first, other = prompt_list(prompt, n), None if second is None else prompt_list(second, n)
-        model.conditioner.check(first, image_spec, other)
+        conditioner.check(first, image_spec, other)
+        if settings.prompt_weights is None:
+            _log_unused_weights(model, [*first, *(other or ())])
         return tuple(first), None if other is None else tuple(other)
 
     prompts, prompts_2 = pair("prompt", request.prompt, request.prompt_2, spec)
@@ -381,6 +401,16 @@ def _read_prompts(
         "negative_prompts": negative,
         "negative_prompts_2": negative_2,
     }
+
+
+def _log_unused_weights(model: Model, prompts: Sequence[str | None]) -> None:
+    """Log brackets that are text for this model's text encoders, and weights elsewhere."""
+    if (text := model.conditioner.unused_weight(prompts)) is not None:
+        logger.warning(
+            "brackets and BREAK have no effect on this model, which reads them as text (%s): "
+            "leave them out, or set prompt_weights='none' (--prompt-weights none) if they are text",
+            quoted(text),
+        )
 
 
 def _check_negative_prompt(request: Request, settings: Settings) -> None:

@@ -206,6 +206,8 @@ class Request:
         distilled_guidance: Guidance scale of guidance-distilled models. For them a `guidance` that
             is given alone, as a number, sets this, and there is no second pass.
         reference_images: Latents (n or 1, C, k, l) of images that the network reads beside x.
+        prompt_weights: Rule by which brackets weigh words, "(word:1.3)": one of `PROMPT_WEIGHTS`,
+            see `ClipTextConfig.weighting`; "none": brackets are text.
     """
 
     prompt: Prompt = None
@@ -239,6 +241,7 @@ class Request:
     decoding: str = "whole"
     distilled_guidance: float | None = None
     reference_images: tuple[Tensor, ...] | None = None
+    prompt_weights: str | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -297,6 +300,7 @@ class RequestFields(TypedDict, total=False):
     decoding: str
     distilled_guidance: float | None
     reference_images: tuple[Tensor, ...] | None
+    prompt_weights: str | None
 
 
 @lru_cache(maxsize=256)

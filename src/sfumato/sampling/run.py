@@ -105,7 +105,7 @@ def _conditionings(model: Model, plan: Plan) -> tuple[Conditioning, list[Conditi
     condition = reference = _encode_prompts(model, plan)
     if not plan.guidance.off:
         spec = plan.image_spec.negative
-        reference = encode(model, plan.negative_prompts, plan.negative_prompts_2, spec)
+        reference = _encode(model, plan, plan.negative_prompts, plan.negative_prompts_2, spec)
 
     def rows(value: Tensor) -> Tensor:
         """One row an image."""
@@ -137,20 +137,21 @@ def condition_of(model: Model, plan: Plan) -> Conditioning:
 
 def _encode_prompts(model: Model, plan: Plan) -> Conditioning:
     """The conditioning of a plan's prompts, or between two prompts."""
-    condition = encode(model, plan.prompts, plan.prompts_2, plan.image_spec)
+    condition = _encode(model, plan, plan.prompts, plan.prompts_2, plan.image_spec)
     if plan.request.prompt_mix is None:
         return condition
     prompt, shares = plan.request.prompt_mix
     return interpolate_conditioning(
-        condition, encode(model, (prompt,) * plan.n, plan.prompts_2, plan.image_spec), shares
+        condition, _encode(model, plan, (prompt,) * plan.n, plan.prompts_2, plan.image_spec), shares
     )
 
 
-def encode(
-    model: Model, prompts: Prompts, prompts_2: Prompts | None, image_spec: ImageSpec
+def _encode(
+    model: Model, plan: Plan, prompts: Prompts, prompts_2: Prompts | None, image_spec: ImageSpec
 ) -> Conditioning:
-    """Encode prompts, and `prompts_2` for the second text encoder."""
-    return model.conditioner(prompts, image_spec, prompts_2).to(model.device)
+    """Encode prompts, and `prompts_2` for the second text encoder, by the plan's weights."""
+    conditioner = model.conditioner.with_prompt_weights(plan.prompt_weights)
+    return conditioner(prompts, image_spec, prompts_2).to(model.device)
 
 
 def append_distilled_guidance(

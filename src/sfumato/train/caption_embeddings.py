@@ -26,7 +26,8 @@ class Captions:
     a mask hides them. A conditioner without a mask keeps all.
 
     Args:
-        conditioner: The text conditioner.
+        conditioner: The text conditioner. Brackets in captions are text, also where they weigh
+            words of prompts.
         captions: One text an image, at least one.
         batch_size: Texts encoded at a time.
 
@@ -42,7 +43,9 @@ class Captions:
             raise UserError("no captions: expected one an image")
         texts = list(dict.fromkeys(["", *captions]))  # the empty prompt is row 0
         starts = range(0, len(texts), batch_size)
-        parts = [conditioner(texts[start : start + batch_size]) for start in starts]
+        # captions are data: "miku (vocaloid)" weighs nothing
+        plain = conditioner.with_prompt_weights("none")
+        parts = [plain(texts[start : start + batch_size]) for start in starts]
         self._table = _trimmed(Conditioning.cat(parts))
         row = {text: index for index, text in enumerate(texts)}
         self._rows = torch.tensor([row[text] for text in captions])

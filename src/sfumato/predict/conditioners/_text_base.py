@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sfumato.config import read_config
 from sfumato.errors import UserError, explained
 from sfumato.io.atomic import read_table
+from sfumato.predict.conditioners._prompt import weighted_text
 from sfumato.predict.conditioners.base import CONFIG, Conditioner, Prompts
 from sfumato.predict.text_encoders.base import Encoder, SequenceEncoder
 from sfumato.types import Conditioning, ImageSpec
@@ -188,6 +189,12 @@ class TextConditioner(Conditioner):
     def _encode_row(self, first: Any, others: Any) -> Encoded:
         """Encode a row's texts; for subclasses that leave `encode` as it is."""
         raise NotImplementedError
+
+    def unused_weight(self, prompts: Prompts) -> str | None:
+        """The first text of these prompts that brackets weigh elsewhere, but not here."""
+        if self.prompt_weights is not None:
+            return None
+        return next((text for text in map(weighted_text, filter(None, prompts)) if text), None)
 
     # ---- properties ------------------------------------------------------------------------------
 

@@ -23,11 +23,14 @@ from sfumato.errors import UserError, explained, quoted
 from sfumato.io.atomic import read_table, write_json
 from sfumato.predict.text_encoders.base import Encoder
 from sfumato.types import Conditioning, ImageSpec
+from sfumato.validate import one_of
 
 Prompts = Sequence[str | None]
 """One prompt an image; None is no prompt, the null condition of classifier-free guidance."""
 CONFIG = Path("conditioner") / "config.json"
 """A conditioner's settings in a model's folder."""
+PROMPT_WEIGHTS = ("lerp", "comfyui", "a1111", "a1111_no_norm", "none")
+"""Rules by which brackets in a prompt weigh its words (`clip_text.py`)."""
 
 
 class Conditioner(ABC):
@@ -120,6 +123,35 @@ class Conditioner(ABC):
     def class_names(self) -> tuple[str, ...]:
         """The prompts of a class-conditional model, in the order of its labels; else empty."""
         return ()
+
+    @property
+    def prompt_weights(self) -> str | None:
+        """The rule of `PROMPT_WEIGHTS` for brackets in prompts; None: they cannot weigh words."""
+        return None
+
+    def with_prompt_weights(self, rule: str | None) -> Self:
+        """The same conditioner with another rule for brackets in prompts.
+
+        Args:
+            rule: One of `PROMPT_WEIGHTS`; None: unchanged.
+
+        Raises:
+            UserError: For an unknown rule, and for any but "none" where brackets cannot weigh.
+        """
+        if rule not in (None, "none"):
+            one_of("rule of prompt weights", rule, PROMPT_WEIGHTS)
+            raise UserError(
+                f"prompt_weights={rule!r}: this model cannot weigh the words of a prompt; "
+                "expected 'none', so that brackets are text"
+            )
+        return self
+
+    def unused_weight(self, prompts: Prompts) -> str | None:
+        """The first text of these prompts that brackets weigh elsewhere, but not here.
+
+        None: there is none, or brackets weigh here or are no texts at all (classes).
+        """
+        return None
 
     @property
     def encoders(self) -> Mapping[str, Encoder]:

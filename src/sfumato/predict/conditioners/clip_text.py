@@ -9,25 +9,23 @@ Stable Diffusion has one encoder, SDXL two, its refiner the second alone.
                  the norm; vector: the second's pooled text, then the image's sizes (Podell et al.
                  2023, arXiv:2307.01952, sections 2.1 and 2.2), which the network embeds itself
 
-A prompt longer than the encoders' 77 positions is encoded in chunks (`_chunks.py`), "(word:1.3)"
-weighs words (`_prompt.py`): a weighted chunk's states are multiplied by their tokens' weights, then
-all by one number that restores the chunk's mean (AUTOMATIC1111's way). The pooled vector is the
-first chunk's, unweighted.
+A prompt longer than the encoders' 77 positions is encoded in chunks (`_chunks.py`). BREAK ends a
+chunk, which padding fills up; the next one begins behind it, so that two in a row leave a chunk of
+padding, as in AUTOMATIC1111's web UI. "(word:1.3)" weighs words (`_prompt.py`) by one of five rules
+(`_weigh.py`). The pooled vector is the first chunk's, unweighted.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.errors import UserError, quoted
 from sfumato.predict.conditioners._chunks import cut
-from sfumato.predict.conditioners._prompt import parse
 from sfumato.predict.conditioners._text_base import (
     Encoded,
     EncoderPart,
@@ -36,7 +34,8 @@ from sfumato.predict.conditioners._text_base import (
     Texts,
     read_settings,
 )
-from sfumato.predict.conditioners.base import CONFIG, Prompts
+from sfumato.predict.conditioners._weigh import LERP, segments, weigh
+from sfumato.predict.conditioners.base import CONFIG, PROMPT_WEIGHTS, Prompts
 from sfumato.predict.text_encoders.base import read_optional_json
 from sfumato.predict.text_encoders.clip import CLASSES, ClipEncoder, Token, load_clip
 from sfumato.types import Conditioning, ImageSpec
@@ -54,8 +53,9 @@ class ClipTextConfig(TextConfig):
     """Settings of `ClipText`.
 
     Attributes:
-        weighting: True lets brackets weigh words, as most people who write prompts expect; off,
-            every character is text, as in diffusers.
+        weighting: The rule by which brackets weigh words, one of `PROMPT_WEIGHTS`: "lerp" (the rule
+            of ComfyUI, [ ] and BREAK as in A1111), "comfyui", "a1111", "a1111_no_norm", or "none":
+            every character is text, as in diffusers. Files hold true for "lerp", false for "none".
         truncation: "chunks" encodes a prompt of any length, "refuse" raises for one that does not
             fit; nothing is ever cut off.
         clip_skip: 1 takes the states one layer earlier than the model does by itself, and so on;
@@ -66,7 +66,7 @@ class ClipTextConfig(TextConfig):
             not in its target size.
     """
 
-    weighting: bool = True
+    weighting: str = "lerp"
     truncation: str = "chunks"
     clip_skip: int | None = None
     force_zeros_for_empty_prompt: bool = False
@@ -74,10 +74,29 @@ class ClipTextConfig(TextConfig):
 
     def __post_init__(self) -> None:
         one_of("truncation", self.truncation, TRUNCATIONS)
-        for name in ("weighting", *FLAGS):
+        one_of("weighting", self.weighting, PROMPT_WEIGHTS)
+        for name in FLAGS:
             flag(name, getattr(self, name))
         if self.clip_skip is not None:
             whole_number("clip_skip", self.clip_skip, 0, unit="layers")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read the fields of conditioner/config.json.
+
+        Raises:
+            UserError: For unknown fields and impossible values.
+        """
+        weighting = values.get("weighting")
+        if isinstance(weighting, bool):
+            values = {**values, "weighting": "lerp" if weighting else "none"}
+        return super().from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON; a model with the usual weighting keeps its file and its hash."""
+        values = super().to_dict()
+        values["weighting"] = {"lerp": True, "none": False}.get(self.weighting, self.weighting)
+        return values
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +152,7 @@ class ClipText(TextConditioner):
         """Raise every `UserError` that these prompts would raise, without using a weight.
 
         One error depends on the states and is raised by `encode` alone: weights that leave a chunk
-        without a mean (`weigh`).
+        without a mean, under the rule a1111.
         """
         super().check(prompts, image_spec, second)
         if self.encoder_2 is not None and image_spec is None:
@@ -193,20 +212,32 @@ class ClipText(TextConditioner):
 
     def _tokenize(self, encoder: ClipEncoder, text: str) -> list[list[Token]]:
         room = encoder.length - 2
-        tokens = encoder.tokens(parse(text) if self.config.weighting else [(text, 1.0)])
-        if len(tokens) > room and self.config.truncation == "refuse":
+        parts = [encoder.tokens(pieces) for pieces in segments(text, self.config.weighting)]
+        count = sum(map(len, parts))
+        if self.config.truncation == "refuse" and (count > room or len(parts) > 1):
+            reason = "BREAK" if len(parts) > 1 else f"{count} tokens"
             raise UserError(
-                f"prompt {quoted(text)} has {len(tokens)} tokens: expected at most {room}; "
+                f"prompt {quoted(text)} has {reason}: expected at most {room} tokens in one chunk; "
                 "shorten it, or set truncation='chunks'"
             )
-        return cut(tokens, room)
+        if len(parts) > 1 and not parts[-1]:  # BREAK at the end begins no chunk
+            del parts[-1]
+        return [chunk for part in parts for chunk in cut(part, room)]
 
     def _encode_chunks(
         self, encoder: ClipEncoder, chunks: Sequence[Sequence[Token]]
     ) -> tuple[Tensor, Tensor]:
-        skip, two = self.config.clip_skip or 0, self.encoder_2 is not None
-        encoded = [encoder.encode(chunk, layer=skip + 1 + two, norm=not two) for chunk in chunks]
-        weighed = [weigh(states, chunk) for (states, _), chunk in zip(encoded, chunks, strict=True)]
+        rule, two = self.config.weighting, self.encoder_2 is not None
+        layer = (self.config.clip_skip or 0) + 1 + two
+        encoded = [encoder.encode(chunk, layer=layer, norm=not two) for chunk in chunks]
+        weighted = any(token.weight != 1 for chunk in chunks for token in chunk)
+        empty = (
+            encoder.encode([], layer=layer, norm=not two)[0] if weighted and rule in LERP else None
+        )
+        weighed = [
+            weigh(states, chunk, rule, empty)
+            for (states, _), chunk in zip(encoded, chunks, strict=True)
+        ]
         return torch.cat(weighed), encoded[0][1]
 
     def _sizes(self, image: ImageSpec) -> list[float]:
@@ -223,6 +254,22 @@ class ClipText(TextConditioner):
         return [float(v) for v in (*(image.original_size or image.size), *image.crop, *last)]
 
     # ---- properties ------------------------------------------------------------------------------
+
+    @property
+    def prompt_weights(self) -> str:
+        """The rule for brackets in prompts."""
+        return self.config.weighting
+
+    def with_prompt_weights(self, rule: str | None) -> Self:
+        """The same conditioner with another rule for brackets; None: unchanged.
+
+        Raises:
+            UserError: For an unknown rule.
+        """
+        if rule is None:
+            return self
+        one_of("rule of prompt weights", rule, PROMPT_WEIGHTS)
+        return replace(self, config=replace(self.config, weighting=rule))
 
     @property
     def _all(self) -> list[ClipEncoder]:
@@ -291,29 +338,3 @@ class ClipText(TextConditioner):
                     f"model_index.json {value!r}: expected the same in both"
                 )
         return config
-
-
-def weigh(states: Float[Tensor, "L D"], chunk: Sequence[Token]) -> Float[Tensor, "L D"]:
-    """Multiply states by their tokens' weights and restore their mean.
-
-    They are unchanged if all weigh 1.
-
-    Args:
-        states: The states of a chunk, in which begin, end and padding weigh 1.
-        chunk: The chunk's tokens.
-
-    Raises:
-        UserError: For weights that leave no mean to scale.
-    """
-    if all(token.weight == 1 for token in chunk):
-        return states
-    weights = torch.ones(len(states), 1)
-    weights[1 : len(chunk) + 1, 0] = torch.tensor([token.weight for token in chunk])
-    weighted = states * weights.to(states.device)
-    scale = states.mean() / weighted.mean()
-    if not torch.isfinite(scale):
-        raise UserError(
-            f"weights {sorted({token.weight for token in chunk})} leave nothing of a prompt: "
-            "expected some that are not 0"
-        )
-    return weighted * scale
