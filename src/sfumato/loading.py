@@ -169,8 +169,9 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> LatentDiffusion:
         defaults = Defaults.from_json(saved)
     _check_parts(path, autoencoder, network, conditioner)
     return LatentDiffusion(
-        autoencoder, Denoiser(network, spec.process), conditioner, defaults, checkpoint.name, small
-    )
+        autoencoder, Denoiser(network, spec.process), conditioner, defaults, checkpoint.name, small,
+        checkpoint.training_data,
+    )  # fmt: skip
 
 
 def _check_parts(

@@ -76,6 +76,8 @@ class LatentDiffusion:
         defaults: Settings that apply where a request leaves them open.
         name: Of the model.
         low_res: Process that noises small images, for networks that upscale them; else None.
+        training_data: Record of the images that it was trained on, see `data.Division`; empty where
+            there is none. It decides no image.
     """
 
     autoencoder: Autoencoder
@@ -84,6 +86,7 @@ class LatentDiffusion:
     defaults: Defaults = field(default_factory=Defaults)
     name: str = "model"
     low_res: Process | None = None
+    training_data: Mapping[str, Any] = field(default_factory=dict)
 
     # ---- the four acts ---------------------------------------------------------------------------
 

@@ -126,6 +126,8 @@ def _save_folder(
     network, conditioner = _network(model), model.conditioner
     index = pipeline_index(network, conditioner, model.defaults)
     notes = {"version": __version__, "name": model.name, "defaults": model.defaults.to_json()}
+    if model.training_data:
+        notes["training_data"] = dict(model.training_data)
     modules = {autoencoder_folder(index["_class_name"]): model.autoencoder, network.part: network}
     schedulers = {"scheduler": scheduler_config(model)}
     if model.low_res is not None:

@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.data import ImageSet, Transform, idx, images, open_both, open_first, open_images
+from sfumato.data import ImageSet, Transform, idx, images, open_both, open_images
+from sfumato.data.pixel_cache import PixelCache
 from sfumato.errors import UserError
 
 CLOTHING = Path(__file__).resolve().parents[3] / "shared" / "data" / "clothing-256-train.parquet"
@@ -278,9 +279,12 @@ def test_idx_refuses(tmp_path: Path, how: str, says: str) -> None:
 
 def test_idx_unknown_split(tmp_path: Path) -> None:
     idx_folder(tmp_path)
-    with pytest.raises(UserError, match="unknown split 'tets': did you mean 'test'"):
+    with pytest.raises(UserError, match=r"unknown split of .* 'test': expected one of train"):
+        open_images(tmp_path, split="test")
+    write_idx(tmp_path / "t10k-images-idx3-ubyte", noise(2, 8, 8))
+    with pytest.raises(UserError, match=r"unknown split of .* 'tets': did you mean 'test'"):
         open_images(tmp_path, split="tets")
-    with pytest.raises(UserError, match="t10k-images-idx3-ubyte"):
+    with pytest.raises(UserError, match="t10k-labels-idx1-ubyte"):
         open_images(tmp_path, split="test")
 
 
@@ -467,8 +471,10 @@ def test_captions_from_metadata(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("file_name\na.png\n", "row 1 .* lacks file_name or a caption"),
-        ("name,text\na.png,x\n", "row 1"),
+        ("file_name\na.png\n", "neither captions nor classes .found file_name"),
+        ("name,text\na.png,x\n", "no column file_name .found name, text"),
+        ("file_name,text\n,x\n", "row 1 of .* lacks file_name"),
+        ("file_name,text\na.png,a cat, asleep\n", "row 1 .* more fields .* in quotes"),
     ],
 )
 def test_metadata_refuses(tmp_path: Path, text: str, says: str) -> None:
@@ -564,7 +570,7 @@ def test_pictures_beyond_the_memory_limit_are_decoded_on_demand(
     class_folder(tmp_path)
     held = open_images(tmp_path, size=6)
     monkeypatch.setattr(images, "MEMORY_LIMIT", 3 * 36 * 2)
-    lazy = open_images(tmp_path, size=6)
+    lazy = open_images(tmp_path, size=6, cache=None)
     assert type(lazy._pixels) is not type(held._pixels)
     order = [4, 0, 0, 2]
     assert torch.equal(lazy.batch(order)["image"], held.batch(order)["image"])
@@ -625,7 +631,7 @@ def test_parquet_and_its_sibling(datasets: Any, tmp_path: Path) -> None:
     assert (
         data.captions is not None and data.captions[5] == "picture 5" and data.name == "pets-train"
     )
-    with pytest.raises(UserError, match=r"expected a sibling file pets-test\.parquet"):
+    with pytest.raises(UserError, match=r"a file beside it .* \(pets-test\.parquet\)"):
         open_images(tmp_path / "pets-train.parquet", split="test")
     table(datasets, tmp_path, pixels[:2]).to_parquet(tmp_path / "pets-test.parquet")
     assert len(open_images(tmp_path / "pets-train.parquet", split="test")) == 2
@@ -685,10 +691,13 @@ def test_the_first_of_both_splits_are_opened_alone(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """The same pictures, labels, classes and captions as of the whole source, from one where all
-    others are broken.
+    others are broken; of each set some are opened.
     """
-    sets = open_both(numbered(tmp_path / "whole", kind, range(20), request), 0.2)
-    expected = [images.subset(range(3)) for images in sets]
+    whole = numbered(tmp_path / "whole", kind, range(20), request)
+    sets = open_both(whole, 0.2)
+    expected = open_both(whole, 0.2, sample=3)
+    for some, every in zip(expected, sets, strict=True):
+        assert len(some) == 3 and set(some.rows.tolist()) <= set(every.rows.tolist())
     indices = {
         int(value) // 10
         for images in expected
@@ -698,9 +707,10 @@ def test_the_first_of_both_splits_are_opened_alone(
     if kind != "idx":
         with pytest.raises(UserError, match="cannot be read as an image"):
             open_images(source)
-    for limit in (1 << 30, 0):  # in memory; decoded for each batch
+    for limit in (1 << 30, 0):  # in memory; on disk
         monkeypatch.setattr(images, "MEMORY_LIMIT", limit)
-        for result, right in zip(open_first(source, 3, 0.2), expected, strict=True):
+        sets = open_both(source, 0.2, sample=3, cache=PixelCache(tmp_path / "cache"))
+        for result, right in zip(sets, expected, strict=True):
             result = pickle.loads(pickle.dumps(result))
             assert result.fingerprint == right.fingerprint and torch.equal(
                 result.batch(range(3))["image"], right.batch(range(3))["image"]
@@ -711,8 +721,9 @@ def test_the_first_of_both_splits_are_opened_alone(
                 and right.labels is not None
                 and torch.equal(result.labels, right.labels)
             )
-    assert [len(images) for images in open_first(tmp_path / "whole", 99, 0.2)] == [
-        len(images) for images in sets
+    monkeypatch.undo()
+    assert [len(images) for images in open_both(whole, 0.2, sample=99)] == [
+        len(images) for images in open_both(whole, 0.2)
     ]
 
 
@@ -745,7 +756,8 @@ def test_columns_are_detected_or_refused(datasets: Any, tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"image": [file, file], "label": [3, None]}).to_parquet(
         tmp_path / "c.parquet"
     )
-    assert open_images(tmp_path / "c.parquet").batch([0, 1])["label"].tolist() == [3, -1]
+    numbers = open_images(tmp_path / "c.parquet")
+    assert numbers.batch([0, 1])["label"].tolist() == [0, -1] and numbers.class_names == ("3",)
     datasets.Dataset.from_dict({"x": [1]}).to_parquet(tmp_path / "d.parquet")
     with pytest.raises(UserError, match=r"no column of images \(found x\)"):
         open_images(tmp_path / "d.parquet")
@@ -770,7 +782,7 @@ def test_broken_tables(datasets: Any, tmp_path: Path) -> None:
 
 
 def test_a_hub_name_that_cannot_be_had(datasets: Any) -> None:
-    with pytest.raises(UserError, match="hf:nobody/nothing, split 'train' cannot be opened"):
+    with pytest.raises(UserError, match="hf:nobody/nothing cannot be opened"):
         open_images("hf:nobody/nothing")
 
 

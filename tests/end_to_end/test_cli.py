@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -56,6 +56,7 @@ class StubModel:
 
     defaults = types.SimpleNamespace(steps=3, guidance=2.0)
     conditioner = Unconditional()
+    training_data: ClassVar[dict[str, Any]] = {}
 
     def plan(self, request: Request) -> StubPlan:
         settings = {

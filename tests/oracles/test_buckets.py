@@ -30,6 +30,7 @@ from sfumato.data import (
     open_buckets,
     open_images,
 )
+from sfumato.data.pixel_cache import PixelCache
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
@@ -281,10 +282,24 @@ def test_the_memory_limit_is_for_all_buckets_together(
     held = open_buckets(folder, side=16, step=4)
     largest = max(len(s) * int(np.prod(s.shape)) for s in held.sets)
     monkeypatch.setattr(images, "MEMORY_LIMIT", largest)  # each of them would fit alone
-    lazy = open_buckets(folder, side=16, step=4)
+    lazy = open_buckets(folder, side=16, step=4, cache=None)
     assert {type(s._pixels) for s in lazy.sets}.isdisjoint({type(s._pixels) for s in held.sets})
     check(lazy)
     assert [s.fingerprint for s in lazy.sets] == [s.fingerprint for s in held.sets]
+
+
+def test_buckets_are_kept_on_disk_and_other_buckets_apart(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "MEMORY_LIMIT", 0)
+    cache = PixelCache(tmp_path / "cache")
+    first = open_buckets(folder, side=16, step=4, cache=cache)
+    check(first)
+    for step in (8, 4):
+        other = open_buckets(folder, side=16, step=step, cache=cache)
+        check(other, step=step)
+    monkeypatch.setattr(images, "decode", None)  # all were decoded before
+    check(open_buckets(folder, side=16, step=4, cache=cache))
 
 
 def test_broken_pictures_are_left_out_or_named(folder: Path) -> None:
@@ -317,7 +332,8 @@ def test_a_subset_keeps_pictures_with_their_words(folder: Path) -> None:
 def test_the_pictures_held_out_are_those_of_the_squares(folder: Path) -> None:
     data = DataSettings(str(folder), size=16, buckets=4, held_out=0.3)
     squares, held_out = data.open()
-    bucketed = data.open_buckets()
+    bucketed, division = data.open_buckets()
+    assert division == data.split().division
     assert sorted(bucketed.captions or []) == sorted(squares.captions or [])
     assert len(bucketed) == len(SHAPES) - len(held_out) == len(SHAPES) - 4
 
@@ -560,7 +576,7 @@ def test_a_recipe_with_buckets_becomes_a_model(folder: Path, tmp_path: Path) -> 
     assert model.class_names == CLASSES and model.denoiser.network.config.sample_size == 8
     (square,) = model.generate("cat", seed=1, steps=2)
     assert square.size == (16, 16)
-    buckets = len(replace(made.data, buckets=4).open_buckets().sets)
+    buckets = len(replace(made.data, buckets=4).open_buckets()[0].sets)
     assert len(list((tmp_path / "run" / "latents").iterdir())) == buckets == 3
 
 

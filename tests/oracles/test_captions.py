@@ -5,6 +5,7 @@ prompts.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from sfumato.predict.networks.modern_dit import ModernDiT, ModernDiTConfig
 from sfumato.sampling import Defaults
 from sfumato.train.caption_embeddings import Captions, open_text_conditioner
 from sfumato.train.loop import LoopSettings
+from sfumato.train.objective import Draw
 from sfumato.train.recipe import DataSettings, DenoiserRecipe
 from sfumato.types import Conditioning
 
@@ -87,6 +89,50 @@ def test_every_caption_is_read_once_and_indexed() -> None:
     )  # pyright: ignore
     plain = Captions(Letters(masked=False), captions).from_labels(numbers)
     assert plain.mask is None and plain.tokens is not None and plain.tokens.shape[1] == 12
+
+
+def test_one_of_several_captions_is_drawn_at_each_visit() -> None:
+    captions = Captions(Letters(), [("ab", "cd", "ef"), "z", ("gh", "ij")])
+    assert len(captions) == 3 and captions.several
+    images = torch.tensor([0, 1, 2] * 200)
+
+    def visit(seed: int, rows: slice = slice(None)) -> list[str]:
+        draw = Draw(torch.Generator().manual_seed(seed), 600, rows)
+        table = captions.from_labels(captions.choose(images[rows], draw)).tokens
+        assert table is not None
+        return ["".join(chr(int(c)) for c in row[1:, 0] if c > 0) for row in table]
+
+    words = visit(3)
+    assert Counter(words[1::3]) == {"z": 200}
+    for place, own in ((0, ("ab", "cd", "ef")), (2, ("gh", "ij"))):
+        counts = Counter(words[place::3])
+        assert set(counts) == set(own) and min(counts.values()) > 150 / len(own)
+    assert words == visit(3) != visit(4)
+    assert visit(3, slice(300, 600)) == words[300:], "two processes draw what one would"
+    single, state = Captions(Letters(), ["a", "b"]), torch.Generator().manual_seed(0)
+    assert torch.equal(single.choose(images[:2], Draw(state, 2)), images[:2])
+    assert torch.equal(state.get_state(), torch.Generator().manual_seed(0).get_state())
+    assert Captions(Letters(), ["a", ("b", "c")]).identity() != single.identity()
+    assert Captions(Letters(), [("a",), ("b",)]).identity() == single.identity()
+
+
+def test_captions_are_encoded_once_and_kept(tmp_path: Path) -> None:
+    words = ["abc", "z", "abcdef"]
+    first, again = Letters(), Letters()
+    table = Captions(first, words, cache=tmp_path).from_labels(torch.arange(3))
+    kept = Captions(again, words, cache=tmp_path).from_labels(torch.arange(3))
+    assert first.prompts and not again.prompts
+    assert torch.equal(table.tokens, kept.tokens) and torch.equal(table.mask, kept.mask)  # pyright: ignore
+    retrained = Letters()
+    retrained.tensors = lambda: {"scale": torch.tensor([2.0])}
+    for reader, texts in ((retrained, words), (Letters(), ["abc", "y", "abcdef"])):
+        Captions(reader, texts, cache=tmp_path)
+        assert reader.prompts, "another encoder, other words"
+    for file in tmp_path.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-8])
+    damaged = Letters()
+    mended = Captions(damaged, words, cache=tmp_path).from_labels(torch.arange(3))
+    assert damaged.prompts and torch.equal(mended.tokens, table.tokens)  # pyright: ignore
 
 
 def test_cut_padding_changes_no_prediction() -> None:

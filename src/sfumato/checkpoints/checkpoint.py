@@ -237,6 +237,7 @@ class Checkpoint:
         index: model_index.json; None: a file has none.
         defaults: Fields of `sampling.Defaults` that are noted.
         name: The model's.
+        training_data: Record of its training images.
         family: Name of its family; None for a model that no other library publishes.
         kind: The family's name with the network's inputs, such as "sd1-inpainting".
         conditioner: Builds the conditioner for a network.
@@ -254,6 +255,7 @@ class Checkpoint:
     conditioner: Callable[[Network, LoadOptions], Conditioner] | None = None
     path: Path = Path("the checkpoint")
     metadata: Mapping[str, str] = field(default_factory=dict)
+    training_data: dict[str, Any] = field(default_factory=dict)
 
 
 # ---- modules -------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Output of commands: PNG files and their names, clocks, progress, sizes."""
 
 import itertools
+import logging
 import os
 import sys
 import time
@@ -245,6 +246,21 @@ def read_image(path: Path) -> "Image":
             f"{path} could not be read as an image ({error}): "
             "it may be truncated; copy or download it again"
         ) from error
+
+
+class _StderrHandler(logging.Handler):
+    """Log lines on the stderr of the moment: a progress bar replaces it to stay below them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+def log_to_stderr() -> None:
+    """Show the library's lines about a run, such as how data are read."""
+    logger = logging.getLogger("sfumato")
+    if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
+        logger.addHandler(_StderrHandler())
+    logger.setLevel(logging.INFO)
 
 
 class Clock:

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from sfumato.cli._options import MODELS, Seed, at_least, load_guide_model, parse, unset
-from sfumato.cli._output import Clock, progress
+from sfumato.cli._output import Clock, log_to_stderr, progress
 from sfumato.cli._run import set_threads
 from sfumato.errors import UserError
 from sfumato.validate import seed_number
+
+TRAINED = "the model's own"
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,14 +62,22 @@ class Evaluate:
     """Spacing of the timesteps: trailing, karras, karras:rho=5, tuned ..."""
     guidance: Annotated[str | None, unset(MODELS)] = None
     """Guidance scale, 0 to 1 is off; with options as in "3 interval:low=0.2,high=0.8"."""
-    train_split: str = "train"
+    train_split: Annotated[str | None, unset(TRAINED)] = None
     """Split that the model was trained on: the reference."""
-    test_split: str = "test"
-    """Split that the model was not trained on: the floor."""
-    held_out: float = 0.02
-    """Share of the training images that replaces a missing test split, as in the recipe."""
+    test_split: Annotated[str | None, unset(TRAINED)] = None
+    """Split that the model was not trained on: the floor (test, else validation)."""
+    held_out: Annotated[float | None, unset(TRAINED)] = None
+    """Share of the training images that replaces a missing test split; else 0.02."""
+    layout: Annotated[str | None, unset(TRAINED)] = None
+    """Meaning of the data's subfolders: auto, splits, classes or flat."""
+    image_column: Annotated[str | None, unset(TRAINED)] = None
+    """Column of the images in a table."""
+    label_column: Annotated[str | None, unset(TRAINED)] = None
+    """Column of the classes in a table; none: no classes."""
+    caption_column: Annotated[str | None, unset(TRAINED)] = None
+    """Column of the captions in a table; sidecar: text files; none: no captions."""
     limit: Annotated[int | None, unset("all")] = None
-    """Number of images of each split, the first ones."""
+    """Number of images of each split, chosen at random and always the same, over all classes."""
     out: Path = Path()
     """Folder for report.json and report.html, which it must not hold yet."""
     overwrite: bool = False
@@ -105,6 +115,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     from sfumato.loading import load
 
     set_threads(options.threads)
+    log_to_stderr()
     clock.lap("import")
     model = load(options.model)
     features = load_features(options.features)
@@ -122,19 +133,28 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 
 def _images(model: "LatentDiffusion", options: Evaluate) -> "tuple[ImageSet, ImageSet]":
-    """Training images and held-out images, in the model's size and channels."""
-    from sfumato.data import open_both, open_first
+    """Training images and held-out images, in the model's size and channels.
 
-    shape = model.describe()["image"]
-    settings = {
-        "train": options.train_split,
-        "test": options.test_split,
-        "size": shape["height"],
-        "channels": shape["channels"],
-    }
-    if options.limit is None:
-        return open_both(options.data, options.held_out, **settings)
-    return open_first(options.data, options.limit, options.held_out, **settings)
+    They are divided as the model's training divided them, where it is the same data.
+    """
+    from sfumato.data import Division, Reading, open_split
+
+    shape, record = model.describe()["image"], model.training_data
+    names = ("layout", "image_column", "label_column", "caption_column")
+    own = {name: value for name in names if (value := getattr(options, name)) is not None}
+    division = Division.from_json(record) if record else None
+    split = open_split(
+        options.data,
+        options.held_out,
+        train=options.train_split,
+        test=options.test_split,
+        size=shape["height"],
+        channels=shape["channels"],
+        reading=Reading(**{**((division and division.reading) or {}), **own}),
+        sample=options.limit,
+        division=division,
+    )
+    return split.training, split.held_out
 
 
 def _pixels(images: "ImageSet", batch: int = 1000) -> "Tensor":

@@ -6,8 +6,6 @@ their types and the recipe's values).
 """
 
 import dataclasses
-import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from sfumato.cli._options import parse, unset
+from sfumato.cli._output import log_to_stderr
 from sfumato.errors import UserError
 
 STAGES = ("autoencoder", "denoiser")
@@ -58,17 +57,8 @@ def train(arguments: Sequence[str]) -> None:
         description=type(settings).__doc__,
         none=True,
     )
-    logger = logging.getLogger("sfumato")
-    logger.addHandler(_StderrHandler())
-    logger.setLevel(logging.INFO)
+    log_to_stderr()
     print(run.settings.run(run.out, run.resume))
-
-
-class _StderrHandler(logging.Handler):
-    """Log lines on the stderr of the moment: a progress bar replaces it to stay below them."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
 
 
 def _options(settings: Any, recipe: str) -> type:

@@ -16,21 +16,25 @@ from sfumato.data.buckets import (
 )
 from sfumato.data.images import ImageSet
 from sfumato.data.latent_cache import LatentSet, cache_latents
+from sfumato.data.reading import Reading
 from sfumato.data.source import open_images
-from sfumato.data.splits import open_both, open_first
+from sfumato.data.splits import Division, Split, open_both, open_split
 from sfumato.data.transform import Transform
 
 __all__ = [
     "BucketedImages",
     "BucketedLatents",
+    "Division",
     "ImageSet",
     "LatentSet",
+    "Reading",
+    "Split",
     "Transform",
     "bucket_sizes",
     "cache_latents",
     "nearest_bucket",
     "open_both",
     "open_buckets",
-    "open_first",
     "open_images",
+    "open_split",
 ]

@@ -32,6 +32,8 @@ from sfumato.data.images import (
     check_indices,
 )
 from sfumato.data.latent_cache import LatentSet, statistics_of
+from sfumato.data.pixel_cache import CACHE, PixelCache, PixelStore
+from sfumato.data.reading import Reading
 from sfumato.data.source import open_with
 from sfumato.data.transform import Transform
 from sfumato.errors import UserError
@@ -132,6 +134,12 @@ class BucketedImages(_Buckets[ImageSet]):
     def __repr__(self) -> str:
         return f"BucketedImages({len(self)} images: {self._shapes()})"
 
+    @cached_property
+    def caption_choices(self) -> list[tuple[str, ...]] | None:
+        """All captions of every image, or None."""
+        choices = [s.caption_choices for s in self.sets if s.caption_choices is not None]
+        return [c for part in choices for c in part] if len(choices) == len(self.sets) else None
+
     @property
     def name(self) -> str:
         """The name of the source."""
@@ -169,6 +177,8 @@ def open_buckets(
     limit: int | None = None,
     flip: bool = False,
     largest_aspect: float = 2.0,
+    reading: Reading | None = None,
+    cache: PixelCache | None = CACHE,
 ) -> BucketedImages:
     """Open images into buckets of about side x side pixels; verify each by decoding it once.
 
@@ -184,22 +194,42 @@ def open_buckets(
         limit: See `open_images`.
         flip: See `open_images`.
         largest_aspect: Images beyond it are cropped to it.
+        reading: See `open_images`.
+        cache: See `open_images`.
 
     Raises:
         UserError: For everything that is wrong with the source or the sizes.
     """
+    options = (side, step, channels, on_error, flip, largest_aspect, cache)
+    return open_with(
+        lambda listing: buckets_of(listing, *options), source, split, on_error, limit, reading
+    )
+
+
+def buckets_of(
+    listing: Listing,
+    side: int,
+    step: int,
+    channels: int | None = None,
+    on_error: OnError = "raise",
+    flip: bool = False,
+    largest_aspect: float = 2.0,
+    cache: PixelCache | None = None,
+) -> BucketedImages:
+    """The images of a listing in buckets; arguments and errors are those of `open_buckets`."""
     sizes = bucket_sizes(side, step, largest_aspect)
-
-    def make(listing: Listing) -> BucketedImages:
-        transform = Transform(channels=channels, flip=flip)
-        sets, rows, skipped = build_sizes(
-            listing, lambda height, width: nearest_bucket(height, width, sizes), transform, on_error
-        )
-        indices = np.concatenate(rows)
-        places = torch.from_numpy(np.searchsorted(np.sort(indices), indices))
-        return BucketedImages(sets, places, skipped)
-
-    return open_with(make, source, split, on_error, limit)
+    transform = Transform(channels=channels, flip=flip)
+    store = None if cache is None else PixelStore(cache, hash_json([transform.hash, sizes]))
+    sets, rows, skipped = build_sizes(
+        listing,
+        lambda height, width: nearest_bucket(height, width, sizes),
+        transform,
+        on_error,
+        store,
+    )
+    indices = np.concatenate(rows)
+    places = torch.from_numpy(np.searchsorted(np.sort(indices), indices))
+    return BucketedImages(sets, places, skipped)
 
 
 @final

@@ -12,7 +12,6 @@ import gzip
 import math
 import os
 import zlib
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +50,11 @@ def fashion_mnist_folder() -> Path:
 def has_idx(folder: Path) -> bool:
     """True for a folder with IDX images of either split."""
     return any(_find(folder, f"{prefix}-images", 3) for prefix in _PREFIX.values())
+
+
+def splits_of_idx(folder: Path) -> list[str]:
+    """The splits whose images a folder has."""
+    return [s for s, prefix in _PREFIX.items() if _find(folder, f"{prefix}-images", 3)]
 
 
 def _find(folder: Path, stem: str, axes: int) -> Path | None:
@@ -96,7 +100,7 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
     return np.frombuffer(bytearray(data), np.uint8, offset=4 + 4 * axes).reshape(sizes)
 
 
-def list_idx(folder: Path, split: str, name: str, limit: int | None) -> Listing:
+def list_idx(folder: Path, split: str, name: str) -> Listing:
     """The listing of one split of a folder of IDX files; its images are uint8 (N, H, W).
 
     Raises:
@@ -125,5 +129,4 @@ def list_idx(folder: Path, split: str, name: str, limit: int | None) -> Listing:
             )
     image_name = partial("image {1} of {0}".format, paths[0])
     labels = labels.astype(np.int64)
-    listing = Listing(name, pixels, image_name, labels, classes)  # lengths checked before limit
-    return replace(listing, images=pixels[:limit], labels=labels[:limit])
+    return Listing(name, pixels, image_name, labels, classes)

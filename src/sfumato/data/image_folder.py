@@ -1,137 +1,185 @@
 """Folders of images: one subfolder a class, or flat, with optional captions.
 
-The layout is that of Hugging Face's `imagefolder`: an optional train/ or test/ level, then classes,
-then files. Captions are read from metadata.csv or metadata.jsonl beside the images.
+The layout is that of Hugging Face's `imagefolder`: an optional level of splits (train/, test/,
+validation/), then classes, then files. `metadata.py` reads captions and classes of files.
 """
 
-import csv
-import io
-import json
+import logging
 import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from sfumato.data.columns import Captions
 from sfumato.data.images import Listing
-from sfumato.errors import UserError, unknown
+from sfumato.data.metadata import Notes, file_key, read_notes
+from sfumato.data.reading import Reading, Splits, canonical_split, is_split, listed
+from sfumato.data.scan import Tree
+from sfumato.errors import UserError
+from sfumato.io.atomic import hash_json
 
-SUFFIXES = frozenset(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .jp2 .avif".split())
-CAPTIONS = ("text", "caption", "prompt", "description")
-_SPLITS = ("train", "test", "validation", "val")
+logger = logging.getLogger(__name__)
 
 
-def list_folder(path: Path, split: str, limit: int | None, on_error: str) -> Listing:
-    """List the images of a folder in the order of their names.
-
-    Labels come from subfolders and captions from metadata.
+def folder_splits(tree: Tree, on_error: str, reading: Reading) -> Splits:
+    """The splits of a folder of images, which are listed in the order of their names.
 
     Raises:
-        UserError: For an unknown split, a folder without images, images beside class subfolders,
-            and, with on_error="raise", metadata that do not fit the files.
+        UserError: For a folder without images, and where two readings are possible. A listing also
+            raises it for images beside class subfolders and, with on_error="raise", for captions
+            that do not fit the files.
     """
-    root = _split_folder(path, split)
-    files, metadata = _image_files(root), _read_metadata(root)
-    if not files and not metadata:
-        suffixes = ", ".join(sorted({p.suffix for p in root.rglob("*") if p.is_file()}))
+    root, groups = tree.root, _groups(tree)
+    if not tree.images and not tree.metadata:
+        texts = Counter(path.suffix.lower() for path in tree.sidecars)
+        holds = listed(tree.left_out + texts) or "nothing"
         raise UserError(
-            f"{root} holds no images (found {suffixes or 'nothing'}): "
-            "expected files such as .png, .jpg or .webp"
+            f"{root} holds no images (found {holds}): expected files such as .png, .jpg or .webp"
         )
-    skipped: list[tuple[str, str]] = []
-    if metadata:
-        files, skipped = _match(root, files, metadata, on_error)
-    files = files[:limit]
-    labels, classes = _classes(root, files, strict=not metadata)
-    captions = [metadata[f.relative_to(root).as_posix()] for f in files] if metadata else None
-    name, image_name = path.resolve().name, tuple(map(str, files)).__getitem__
-    return Listing(name, tuple(files), image_name, labels, classes, captions, tuple(skipped))
+    folders = [name for name in groups if name is not None and is_split(name)]
+    others = [name for name in groups if name not in folders]
+    if reading.layout in ("classes", "flat") or not folders:
+        if reading.layout == "splits":
+            raise UserError(
+                f"{root} has no folders of splits (layout=splits): expected train/ and, if you "
+                "like, test/ or validation/"
+            )
+        return {"train": partial(_listing, tree, root, on_error, reading)}
+    if others and reading.layout == "auto":
+        more = ", ".join(f"{name}/" for name in others if name) or "images beside it"
+        raise UserError(
+            f"{root} has {_slashes(folders)}, which may be splits, and {more}: give "
+            "layout=splits to read the splits alone, or layout=classes if all are classes"
+        )
+    for name in others:
+        place = f"in {name}/" if name else "beside the splits"
+        tree.left_out[f"{place} (no split)"] += len(groups[name])
+    named: dict[str, list[str]] = {}
+    for name in folders:
+        named.setdefault(canonical_split(name), []).append(name)
+    for split, names in named.items():
+        if len(names) > 1:
+            raise UserError(
+                f"{root} has {_slashes(names)}, which all mean the split {split}: keep one of "
+                "them, or give layout=classes if all are classes"
+            )
+    tree.report()
+    counts = {split: len(groups[name]) for split, (name,) in named.items()}
+    logger.info("splits of %s, by its folders: %s", root, listed(counts))
+    return {
+        split: partial(_listing, tree, root / name, on_error, reading)
+        for split, (name,) in named.items()
+    }
 
 
-def _split_folder(path: Path, split: str) -> Path:
-    splits = sorted(p.name for p in path.iterdir() if p.is_dir() and p.name in _SPLITS)
-    if split in splits:
-        return path / split
-    if splits or split != "train":  # a folder without split subfolders is all training data
-        raise unknown(f"split of {path}", split, splits or ["train"])
-    return path
+def _slashes(names: Sequence[str]) -> str:
+    return " and ".join(f"{name}/" for name in names)
 
 
-def _image_files(root: Path) -> list[Path]:
-    paths: list[Path] = []
-    visited: set[str] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):  # class folders are often links
-        real = os.path.realpath(folder)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = [f for f in folders if not f.startswith(".")]
-        visible = (Path(folder, f) for f in files if not f.startswith("."))
-        paths += [path for path in visible if path.suffix.lower() in SUFFIXES]
-    return sorted(paths)
+def _groups(tree: Tree) -> dict[str | None, list[Path]]:
+    """The images of each subfolder of a tree's root; None: those directly in it."""
+    groups: dict[str | None, list[Path]] = {}
+    for path in tree.images:
+        parts = path.relative_to(tree.root).parts
+        groups.setdefault(parts[0] if len(parts) > 1 else None, []).append(path)
+    return groups
+
+
+def _listing(whole: Tree, root: Path, on_error: str, reading: Reading) -> Listing:
+    if root == whole.root:
+        tree = replace(whole, left_out=Counter(whole.left_out))
+        parent = Path(os.path.abspath(root)).parent
+    else:
+        tree, parent = whole.below(root), whole.root
+        above = [p for p in whole.metadata if p.parent == parent]
+        if above and tree.metadata:
+            both = f"{above[0]} and {tree.metadata[0]}"
+            raise UserError(f"{both} may both describe the images of {root}: keep one of them")
+    notes = read_notes(tree, reading, parent)
+    tree.report()
+    excluded = {name for name, _ in notes.problems}
+    if notes.problems and on_error == "raise":
+        name, reason = notes.problems[0]
+        raise UserError(
+            f"{name}: {reason} ({len(notes.problems)} such in all); complete the captions, or "
+            "open with on_error='skip' to leave these out"
+        )
+    files = [f for f in tree.images if str(f) not in excluded]
+    labels, classes, origin = _classes(tree, files, notes, reading)
+    captions: list[Captions] | None = None
+    if notes.captions is not None:
+        captions = [notes.captions[f] for f in files]
+    described = [f"{len(files)} images", *filter(None, (origin, notes.origin))]
+    logger.info("%s: %s", root, "; ".join(described))
+    names = [file_key(f.relative_to(root).as_posix()) for f in files]
+    return Listing(
+        whole.root.resolve().name, tuple(files), tuple(map(str, files)).__getitem__, labels,
+        classes, captions, notes.problems, identity=hash_json(names),
+    )  # fmt: skip
 
 
 def _classes(
-    root: Path, files: list[Path], strict: bool
+    tree: Tree, files: Sequence[Path], notes: Notes, reading: Reading
+) -> tuple[list[int] | None, tuple[str, ...], str]:
+    """Labels of metadata, or of subfolders; class names; and where they are from."""
+    by_folder, names = _folder_classes(tree, files, notes, reading)
+    if notes.labels is None:
+        if by_folder is None:
+            return None, (), "no classes"
+        shown = listed([*names])
+        return by_folder, names, f"{len(names)} classes from subfolders ({shown})"
+    labels = [notes.labels[f] for f in files]
+    if by_folder is not None and [names[k] for k in by_folder] != [
+        notes.class_names[k] if k >= 0 else None for k in labels
+    ]:
+        raise UserError(
+            f"{tree.root} has subfolders ({listed([*names])}) and a column of other classes: "
+            "give layout=flat for the column, or label_column=none for the subfolders"
+        )
+    return labels, notes.class_names, f"{len(notes.class_names)} classes"
+
+
+def _folder_classes(
+    tree: Tree, files: Sequence[Path], notes: Notes, reading: Reading
 ) -> tuple[list[int] | None, tuple[str, ...]]:
     """Labels, when all images lie in subfolders.
 
     With captions, a single subfolder ("images/") is storage and not a class.
     """
+    root, plain = tree.root, notes.captions is None and notes.labels is None
     folders = [f.relative_to(root).parts[0] if f.parent != root else None for f in files]
     names = sorted({f for f in folders if f is not None})
+    if reading.layout == "flat":
+        return None, ()
     if None in folders:
-        if strict and names:
+        if names and (plain or reading.layout == "classes"):
             raise UserError(
                 f"{root} has images both directly in it and in subfolders "
-                f"({', '.join(names[:5])}): "
-                "move all of them into class subfolders, or open one subfolder"
+                f"({', '.join(names[:5])}): move all of them into class subfolders, open one "
+                "subfolder, or give layout=flat, in which subfolders mean nothing"
             )
         return None, ()
-    if not strict and len(names) < 2:
-        return None, ()
+    if reading.layout != "classes" and len(names) < 2:
+        if not plain:
+            return None, ()
+        inner = sorted({p[1] for f in files if len(p := f.relative_to(root).parts) > 2})
+        if inner and len(names) == 1 and len(inner) + (root / names[0] in _parents(files)) > 1:
+            raise UserError(
+                f"{root} holds one folder, {names[0]}/, with folders in it ({listed(inner)}): "
+                f"open {root / names[0]}, or give layout=classes for one class, or layout=flat "
+                "for none"
+            )
+    empty = {f.relative_to(root).parts[0] for f in tree.folders} - {*names}
+    if empty:
+        logger.warning(
+            "folders of %s without a readable image are no classes: %s",
+            root, listed(sorted(empty)),
+        )  # fmt: skip
     number = {name: i for i, name in enumerate(names)}
     return [number[f] for f in folders if f is not None], tuple(names)
 
 
-def _match(
-    root: Path, files: list[Path], metadata: dict[str, str], on_error: str
-) -> tuple[list[Path], list[tuple[str, str]]]:
-    """Images that have a caption; images without, and captions without, are errors or skipped."""
-    names = {f.relative_to(root).as_posix(): f for f in files}
-    missing, unlisted = "metadata lists it but the file is missing", "it has no row in metadata"
-    problems = [(str(root / n), missing) for n in metadata if n not in names]
-    problems += [(str(f), unlisted) for n, f in names.items() if n not in metadata]
-    if problems and on_error == "raise":
-        name, reason = problems[0]
-        advice = "complete the metadata, or open with on_error='skip' to leave them out"
-        raise UserError(f"{name}: {reason} ({len(problems)} such in all); {advice}")
-    return [f for n, f in names.items() if n in metadata], problems
-
-
-def _read_metadata(root: Path) -> dict[str, str]:
-    """file_name -> caption, from metadata.csv or metadata.jsonl; empty when there is neither."""
-    paths = (root / "metadata.jsonl", root / "metadata.csv")
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        return {}
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".csv":
-            # not splitlines: a quoted caption may hold a line break
-            rows = list(csv.DictReader(io.StringIO(text)))
-        else:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        reason = f"{path} cannot be read ({error})"
-        raise UserError(f"{reason}: expected one row an image with file_name and text") from error
-    captions: dict[str, str] = {}
-    for number, row in enumerate(rows, 1):
-        column = next(
-            (c for c in CAPTIONS if isinstance(row, dict) and isinstance(row.get(c), str)), None
-        )
-        if column is None or not isinstance(row.get("file_name"), str):
-            raise UserError(
-                f"row {number} of {path} lacks file_name or a caption: "
-                f"expected file_name and one of {', '.join(CAPTIONS)}"
-            )
-        captions[row["file_name"]] = row[column]
-    return captions
+def _parents(files: Sequence[Path]) -> set[Path]:
+    return {f.parent for f in files}

@@ -2,7 +2,8 @@
 
     batch(indices)["image"]  float32 (B, C, H, W) in [-1, 1]
 
-Pixels stay uint8 in memory when they fit (`MEMORY_LIMIT`), otherwise each batch decodes its own.
+Pixels stay uint8 in memory when they fit (`MEMORY_LIMIT`), otherwise in a cache on disk
+(`pixel_cache.py`); without a cache each batch decodes its own.
 The fingerprint is a hash of the decoded pixels themselves, before resizing: a file that is re-saved
 with the same pixels keeps it, one changed pixel does not.
 """
@@ -15,19 +16,23 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, Protocol, final, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int64
+from jaxtyping import Int, Int64, UInt8
 from torch import Tensor
 
+from sfumato.data.pixel_cache import MappedPixels, PixelCache, PixelStore
 from sfumato.data.transform import RawImage, Transform, decode, to_float
 from sfumato.errors import UserError
 from sfumato.io.atomic import hash_bytes
 
 MEMORY_LIMIT = 1 << 30
-"""Bytes of transformed uint8 pixels up to which a set is held in memory."""
+"""Bytes of transformed uint8 pixels up to which a set is held in memory.
+
+Originals with more bytes than that, decoded, are not decoded again: the cache keeps the result."""
 
 OnError = Literal["raise", "skip"]
 """Treatment of truncated and corrupt images: raise a `UserError`, or leave them out."""
@@ -58,8 +63,11 @@ class Listing:
             `ImageSet`.
         labels: N class numbers, -1 where an image has none; None for a source without classes.
         class_names: Name of class 0, 1, ...; empty when there are none.
-        captions: N texts, or None.
+        captions: N tuples of texts, all captions of an image, or None.
         skipped: (name, reason) of the images that the source already left out.
+        rows: Index of each image in the source; None: 0..N-1.
+        identity: Hash of the images' names or of the files that hold them; "" where labels and
+            counts are all that is cheap to compare.
 
     Raises:
         UserError: For sequences of different lengths.
@@ -70,8 +78,10 @@ class Listing:
     image_name: Callable[[int], str]
     labels: Sequence[int] | np.ndarray | None = None
     class_names: tuple[str, ...] = ()
-    captions: Sequence[str] | None = None
+    captions: Sequence[tuple[str, ...]] | None = None
     skipped: tuple[tuple[str, str], ...] = ()
+    rows: Sequence[int] | None = None
+    identity: str = ""
 
     def __post_init__(self) -> None:
         for name, values in (("labels", self.labels), ("captions", self.captions)):
@@ -84,13 +94,46 @@ class Listing:
     def part(self, rows: Sequence[int]) -> "Listing":
         """The images with these indices, in this order; the classes stay those of all."""
         rows, images = list(rows), self.images
+        own = range(len(images)) if self.rows is None else self.rows
         return replace(
             self,
             images=images[rows] if isinstance(images, np.ndarray) else _Part(images, rows),
             image_name=tuple(map(self.image_name, rows)).__getitem__,
             labels=None if self.labels is None else np.asarray(self.labels)[rows],
             captions=None if self.captions is None else [self.captions[i] for i in rows],
+            rows=[own[i] for i in rows],
         )
+
+    def spread(self, limit: int | None) -> "Listing":
+        """At most `limit` images, spread over the classes: see `spread`."""
+        if limit is None or limit >= len(self.images):
+            return self
+        return self.part(spread(self.labels, len(self.images), limit).tolist())
+
+
+def spread(
+    labels: Sequence[int] | np.ndarray | None, count: int, limit: int
+) -> Int64[np.ndarray, " M"]:
+    """Choose `limit` of `count` images at random, from each class its share; in order.
+
+    The choice is always the same. Each class has an image before any has a second.
+
+    Args:
+        labels: Class of each image, -1 for none; None: no classes.
+        count: Number of images.
+        limit: Number of images to choose.
+    """
+    generator = np.random.default_rng(0)
+    place = generator.random(count)
+    if labels is not None:
+        kinds = np.asarray(labels)
+        for kind in np.unique(kinds):
+            rows = np.flatnonzero(kinds == kind)
+            rank = np.empty(len(rows))
+            rank[generator.permutation(len(rows))] = np.arange(len(rows))
+            # the first of each class in random order, then ranks as shares of the class
+            place[rows] = np.where(rank == 0, place[rows] - 1, (rank + place[rows]) / len(rows))
+    return np.sort(np.argsort(place, kind="stable")[:limit])
 
 
 @dataclass(frozen=True)
@@ -162,21 +205,23 @@ class ImageSet:
         shape: (C, H, W) of every image.
         labels: int64 (N,), -1 where an image has no class; None when the source has no classes.
         class_names: Name of class 0, 1, ...; empty when there are none.
-        captions: N texts, or None.
+        captions: N texts, the first caption of each image, or None.
+        caption_choices: N tuples with all captions of each image, or None.
+        rows: int64 (N,), the index of each image in its source.
         skipped: (name, reason) of the images left out when opening with on_error="skip".
         transform: The transform of the pixels, its `channels` resolved to those of the data.
     """
 
     def __init__(
         self,
-        pixels: _Memory | _OnDemand,
+        pixels: "_Memory | _OnDemand | MappedPixels",
         listing: Listing,
         indices: Sequence[int],
         transform: Transform,
         skipped: Sequence[tuple[str, str]] = (),
     ):
         """The images of a listing with these indices, whose pixels are the rows of `pixels`."""
-        self._pixels, self._rows, self._fingerprint = pixels, torch.arange(len(indices)), ""
+        self._pixels, self._places, self._fingerprint = pixels, torch.arange(len(indices)), ""
         self.name, self.class_names = listing.name, listing.class_names
         self.transform, self.shape = transform, tuple(pixels.shape)
         self.skipped: Skipped = list(skipped)
@@ -184,11 +229,22 @@ class ImageSet:
         if listing.labels is not None:
             labels = np.asarray(listing.labels, dtype=np.int64)
             self.labels = torch.from_numpy(labels[np.asarray(indices)])
-        captions = listing.captions
-        self.captions = None if captions is None else [captions[i] for i in indices]
+        captions, rows = listing.captions, listing.rows
+        self.caption_choices: list[tuple[str, ...]] | None = None
+        if captions is not None:
+            self.caption_choices = [captions[i] for i in indices]
+        chosen = np.asarray(indices, dtype=np.int64)
+        source = chosen if rows is None else np.asarray(rows, dtype=np.int64)[chosen]
+        self.rows: Int64[Tensor, " N"] = torch.from_numpy(source)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._places)
+
+    @property
+    def captions(self) -> list[str] | None:
+        """The first caption of each image, or None."""
+        choices = self.caption_choices
+        return None if choices is None else [texts[0] for texts in choices]
 
     def __repr__(self) -> str:
         images = f"{len(self)} images of {by(self.shape)}"
@@ -201,10 +257,13 @@ class ImageSet:
         Labels and captions are no part of it.
         """
         if not self._fingerprint:
-            self._fingerprint = hash_bytes(
-                f"{len(self)} images", self._pixels.digests[self._rows.numpy()].tobytes()
-            )
+            self._fingerprint = hash_bytes(f"{len(self)} images", self.digests.tobytes())
         return self._fingerprint
+
+    @property
+    def digests(self) -> UInt8[np.ndarray, "N 32"]:
+        """SHA-256 of each image's decoded pixels, before the transform; copies have the same."""
+        return self._pixels.digests[self._places.numpy()]
 
     def batch(
         self, indices: Indices, *, generator: torch.Generator | None = None
@@ -224,7 +283,7 @@ class ImageSet:
             IndexError: For an index outside 0..N-1.
         """
         chosen = check_indices(indices, len(self))
-        image = self._pixels.take(self._rows[chosen])
+        image = self._pixels.take(self._places[chosen])
         if self.transform.flip:
             mirrored = torch.rand(len(chosen), generator=generator) < 0.5
             image[mirrored] = image[mirrored].flip(-1)
@@ -233,11 +292,26 @@ class ImageSet:
     def subset(self, indices: Indices) -> "ImageSet":
         """The images with these indices, in this order; pixels are shared, not copied."""
         chosen, part = check_indices(indices, len(self)), copy.copy(self)
-        part._rows, part._fingerprint, part.skipped = self._rows[chosen], "", list(self.skipped)
+        part._places, part._fingerprint = self._places[chosen], ""
+        part.rows, part.skipped = self.rows[chosen], list(self.skipped)
         if self.labels is not None:
             part.labels = self.labels[chosen]
-        if self.captions is not None:
-            part.captions = [self.captions[i] for i in chosen.tolist()]
+        if self.caption_choices is not None:
+            part.caption_choices = [self.caption_choices[i] for i in chosen.tolist()]
+        return part
+
+    def relabel(self, number: Sequence[int], names: tuple[str, ...]) -> "ImageSet":
+        """The images with other class numbers.
+
+        Args:
+            number: New label of each class; below -1: the class and its images are left out.
+            names: Names of the new classes.
+        """
+        if self.labels is None:
+            return self
+        labels = torch.tensor([*number, -1])[self.labels]
+        part = self.subset((labels >= -1).nonzero()[:, 0])
+        part.labels, part.class_names = (labels[labels >= -1] if names else None), names
         return part
 
     def unflipped(self) -> "ImageSet":
@@ -290,18 +364,25 @@ class _Checked:
     digest: np.ndarray | None
     shape: tuple[int, ...]
     reason: str = ""
+    content: bytes = b""
+    """SHA-256 of the original's bytes; empty without a cache."""
+    decoded: int = 0
+    """Bytes of the original's pixels; 0 where the cache had the result."""
 
 
-def build(listing: Listing, transform: Transform, on_error: OnError) -> ImageSet:
+def build(
+    listing: Listing, transform: Transform, on_error: OnError, cache: PixelCache | None = None
+) -> ImageSet:
     """Decode every image once: find the broken ones, the common shape and the digests.
 
-    The pixels are kept if they fit.
+    The pixels are kept if they fit, or in the cache.
 
     Raises:
         UserError: For a broken image (on_error="raise"), where none is left, and where sizes differ
             and `size` is None.
     """
-    checked, good, skipped = _check(listing, lambda shape: transform, on_error)
+    store = None if cache is None else PixelStore(cache, transform.hash)
+    checked, good, skipped = _check(listing, lambda shape: transform, on_error, store)
     height, width = checked[good[0]].shape[1:]
     for i in good:
         if checked[i].shape[1:] != (height, width):
@@ -311,7 +392,7 @@ def build(listing: Listing, transform: Transform, on_error: OnError) -> ImageSet
                 f"{listing.image_name(i)} is {by(checked[i].shape[1:])}): "
                 f"give one size, for example size={min(height, width)}"
             )
-    return _sets(listing, checked, [(good, transform)], skipped)[0]
+    return _sets(listing, checked, [(good, transform)], skipped, store)[0]
 
 
 def build_sizes(
@@ -319,6 +400,7 @@ def build_sizes(
     size_of: Callable[[int, int], tuple[int, int]],
     transform: Transform,
     on_error: OnError,
+    store: PixelStore | None = None,
 ) -> tuple[list[ImageSet], list[list[int]], Skipped]:
     """`build` for several shapes at once; each image is decoded once.
 
@@ -327,29 +409,32 @@ def build_sizes(
         size_of: (height, width) of an upright image -> its size in pixels.
         transform: The other settings.
         on_error: See `build`.
+        store: Keeps the pixels; its key has the sizes.
 
     Returns:
         One set a size that has images, smallest height first; the indices of each set's images in
         the listing; the images left out. All sets together are held in memory, or none.
     """
     checked, good, skipped = _check(
-        listing, lambda shape: replace(transform, size=size_of(*shape)), on_error
+        listing, lambda shape: replace(transform, size=size_of(*shape)), on_error, store
     )
     sizes = sorted({checked[i].shape[1:] for i in good})
     rows = [[i for i in good if checked[i].shape[1:] == size] for size in sizes]
     parts = [(r, replace(transform, size=(h, w))) for (h, w), r in zip(sizes, rows, strict=True)]
-    return _sets(listing, checked, parts, skipped), rows, skipped
+    return _sets(listing, checked, parts, skipped, store), rows, skipped
 
 
 def _check(
-    listing: Listing, transform_of: Callable[[tuple[int, int]], Transform], on_error: OnError
+    listing: Listing,
+    transform_of: Callable[[tuple[int, int]], Transform],
+    on_error: OnError,
+    store: PixelStore | None,
 ) -> tuple[list[_Checked], list[int], Skipped]:
     """Every image, decoded once; the indices of the good ones, at least one; all left out."""
-    checked = _decode_all(listing, transform_of, on_error)
+    checked = _decode_all(listing, transform_of, on_error, store)
     bad = ((listing.image_name(i), c.reason) for i, c in enumerate(checked) if c.reason)
     skipped = [*listing.skipped, *bad]
-    for name, reason in skipped:
-        logger.warning("left out %s: %s", name, reason)
+    report(listing.name, skipped)
     good = [i for i, c in enumerate(checked) if not c.reason]
     if not good:
         first = f": the first, {skipped[0][0]}, failed with {skipped[0][1]}" if skipped else ""
@@ -357,11 +442,29 @@ def _check(
     return checked, good, skipped
 
 
+def report(source: str, skipped: Skipped) -> None:
+    """Log in one line the images that are left out, by reason, with some of their names."""
+    if not skipped:
+        return
+    reasons: dict[str, list[str]] = {}
+    for name, reason in skipped:
+        reasons.setdefault(reason, []).append(name)
+    parts = [
+        f"{reason} ({len(names)}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for reason, names in reasons.items()
+    ]
+    more = f"; and {len(parts) - 8} more reasons" if len(parts) > 8 else ""
+    logger.warning(
+        "left out %d images of %s: %s%s", len(skipped), source, "; ".join(parts[:8]), more
+    )
+
+
 def _sets(
     listing: Listing,
     checked: list[_Checked],
     parts: list[tuple[list[int], Transform]],
     skipped: Skipped,
+    store: PixelStore | None,
 ) -> list[ImageSet]:
     """A set for the indices of each part, which share a shape; all have the same channels."""
     good = [i for rows, _ in parts for i in rows]
@@ -382,26 +485,36 @@ def _sets(
                 pixels[row] = np.asarray(checked[i].pixels)
                 # let go of each copy at once: the peak stays near one set
                 checked[i] = replace(checked[i], pixels=None)
-            store = _Memory(torch.from_numpy(pixels), channels, digests)
+            held = _Memory(torch.from_numpy(pixels), channels, digests)
         else:
-            store = _OnDemand(listing, rows, transform, shape, digests)
-        sets.append(ImageSet(store, listing, rows, transform, skipped))
+            kept = store and store.pixels([checked[i].content for i in rows], shape)
+            held = kept or _OnDemand(listing, rows, transform, shape, digests)
+        sets.append(ImageSet(held, listing, rows, transform, skipped))
     return sets
 
 
 def _decode_all(
-    listing: Listing, transform_of: Callable[[tuple[int, int]], Transform], on_error: OnError
+    listing: Listing,
+    transform_of: Callable[[tuple[int, int]], Transform],
+    on_error: OnError,
+    store: PixelStore | None,
 ) -> list[_Checked]:
     def one(index: int) -> _Checked:
         try:
-            decoded = decode(listing.images[index])
+            image, content = listing.images[index], b""
+            if store is not None and (data := _original(image)) is not None:
+                image, content = data, hashlib.sha256(data).digest()
+                if kept := store.find(content):
+                    return _Checked(*kept, kept[0].shape, content=content)
+            decoded = decode(image)
             pixels = transform_of((decoded.shape[0], decoded.shape[1])).fit(decoded)
-            return _Checked(pixels, digest(decoded), pixels.shape)
+            shape, size = pixels.shape, decoded.nbytes
+            return _Checked(pixels, digest(decoded), shape, content=content, decoded=size)
         except UserError as error:
             return _Checked(None, None, (), str(error))
 
     checked: list[_Checked] = []
-    room, keep, count = MEMORY_LIMIT, True, len(listing.images)
+    room, keep, count, decoded = MEMORY_LIMIT, True, len(listing.images), 0
     # nothing to decode: handing a tiny array to a thread costs more than resizing it
     small = isinstance(listing.images, np.ndarray)
     with ThreadPoolExecutor(_workers()) as pool:
@@ -416,11 +529,40 @@ def _decode_all(
                         "replace or remove it, or open with on_error='skip' to leave it out"
                     )
                 room -= 0 if result.pixels is None else result.pixels.nbytes
+                decoded += result.decoded
+                if (
+                    store is not None
+                    and not store.reserved
+                    and min(room, MEMORY_LIMIT - decoded) < 0
+                ):
+                    size = (MEMORY_LIMIT - room) * count // (len(checked) + 1)
+                    store.reserve(size, listing.name)
+                    for earlier in checked:
+                        _keep(earlier, store)
+                if store is not None:
+                    _keep(result, store)
                 if keep and room < 0:
                     keep = False
                     checked = [replace(c, pixels=None) for c in checked]
                 checked.append(result if keep else replace(result, pixels=None))
+    if store is not None:
+        store.finish()
     return checked
+
+
+def _original(image: RawImage) -> bytes | None:
+    """The bytes of an image file; None for pixels, and for a file that cannot be read."""
+    if isinstance(image, bytes):
+        return image
+    try:
+        return Path(image).read_bytes() if isinstance(image, str | Path) else None
+    except OSError:
+        return None  # `decode` says why
+
+
+def _keep(result: _Checked, store: PixelStore) -> None:
+    if result.pixels is not None and result.digest is not None and result.content:
+        store.add(result.content, result.digest, result.pixels)
 
 
 def from_array(listing: Listing, pixels: np.ndarray, transform: Transform) -> ImageSet:

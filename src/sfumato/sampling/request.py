@@ -139,6 +139,11 @@ class Model(Protocol):
         ...
 
     @property
+    def training_data(self) -> Mapping[str, Any]:
+        """Record of the images that it was trained on."""
+        ...
+
+    @property
     def low_res(self) -> Process | None:
         """Process that noises small images, for networks that upscale them; else None."""
         ...

@@ -1,5 +1,6 @@
 """Captions as conditions of training, encoded once before the first step."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,56 +12,91 @@ from torch import Tensor
 
 from sfumato.checkpoints.formats.folder import read_index
 from sfumato.errors import UserError
-from sfumato.io.atomic import hash_json, hash_tensors
+from sfumato.io.atomic import hash_json, hash_tensors, read_tensors, write_tensors
 from sfumato.predict.conditioners import text_conditioner_class, text_encoder_classes
 from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.conditioners.sentence_text import SentenceText
+from sfumato.train.objective import Draw
 from sfumato.types import Conditioning
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Raise it when the meaning of a kept table changes."""
+TABLE = ("tokens", "mask", "vector")
+"""Fields of the conditioning of a text."""
 
 
 @final
 class Captions:
-    """The conditionings of N captions by index; no text encoder runs in training.
+    """The conditionings of N images' captions; no text encoder runs in training.
 
-    Positions that neither a caption nor the empty prompt uses are cut off, which changes no result:
-    a mask hides them. A conditioner without a mask keeps all.
+    An image may have several captions: each visit draws one of them. Positions that neither a
+    caption nor the empty prompt uses are cut off, which changes no result: a mask hides them. A
+    conditioner without a mask keeps all.
 
     Args:
         conditioner: The text conditioner. Brackets in captions are text, also where they weigh
             words of prompts.
-        captions: One text an image, at least one.
+        captions: A text or several texts an image, at least one image.
         batch_size: Texts encoded at a time.
+        cache: Folder that keeps the encoded captions, by the encoder's weights and the texts; None:
+            they are not kept.
 
     Raises:
         UserError: For no captions.
     """
 
-    batch_key: ClassVar[str] = "number"
+    batch_key: ClassVar[str] = "caption"
     """The entry of a batch with the indices of its captions."""
 
-    def __init__(self, conditioner: Conditioner, captions: Sequence[str], batch_size: int = 64):
+    def __init__(
+        self,
+        conditioner: Conditioner,
+        captions: Sequence[str | tuple[str, ...]],
+        batch_size: int = 64,
+        cache: Path | None = None,
+    ):
         if not captions:
             raise UserError("no captions: expected one an image")
-        texts = list(dict.fromkeys(["", *captions]))  # the empty prompt is row 0
-        starts = range(0, len(texts), batch_size)
-        # captions are data: "miku (vocaloid)" weighs nothing
-        plain = conditioner.with_prompt_weights("none")
-        parts = [plain(texts[start : start + batch_size]) for start in starts]
-        self._table = _trimmed(Conditioning.cat(parts))
+        choices = [(c,) if isinstance(c, str) else c for c in captions]
+        every = [text for texts in choices for text in texts]
+        texts = list(dict.fromkeys(["", *every]))  # the empty prompt is row 0
         row = {text: index for index, text in enumerate(texts)}
-        self._rows = torch.tensor([row[text] for text in captions])
+        self._rows = torch.tensor([row[text] for text in every])
+        self._counts = torch.tensor([len(texts) for texts in choices])
+        self._starts = self._counts.cumsum(0) - self._counts
+        self.several = len(every) > len(choices)
         self._identity = {
             "_class_name": "captions",
             "reader": conditioner.identity(),
             "weights": hash_tensors(conditioner.tensors()),
-            "captions": hash_json(list(captions)),
+            # one text an image is kept as text: runs of earlier versions go on
+            "captions": hash_json([c[0] if len(c) == 1 else list(c) for c in choices]),
         }
+        # captions are data: "miku (vocaloid)" weighs nothing
+        plain = conditioner.with_prompt_weights("none")
+        encoder = {"reader": plain.identity(), "weights": self._identity["weights"]}
+        key = hash_json({**encoder, "texts": texts, "batch": batch_size, "format": FORMAT})
+        path = None if cache is None else cache / f"{key[:32]}.safetensors"
+        self._table = _read(path) or _encode(plain, texts, batch_size, path)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._counts)
+
+    def choose(self, images: Int[Tensor, " B"], draw: Draw) -> Int[Tensor, " B"]:
+        """Indices of images (B,) -> indices of captions, one of each image's own.
+
+        Nothing is drawn where every image has one caption.
+        """
+        if not self.several:
+            return images
+        share = draw(lambda n, generator: torch.rand(n, generator=generator))
+        counts = self._counts[images]
+        return self._starts[images] + (share * counts).long().clamp(max=counts - 1)
 
     def from_labels(self, labels: Int[Tensor, " B"]) -> Conditioning:
-        """Indices of captions (B,) -> `Conditioning`."""
+        """Indices of captions (B,), of all images one after the other -> `Conditioning`."""
         return self._table[self._rows[labels]]
 
     def null(self, count: int) -> Conditioning:
@@ -70,6 +106,34 @@ class Captions:
     def identity(self) -> dict[str, Any]:
         """JSON of everything that decides these conditionings."""
         return self._identity
+
+
+def _encode(
+    conditioner: Conditioner, texts: Sequence[str], batch_size: int, path: Path | None
+) -> Conditioning:
+    """The table of texts, written to `path`."""
+    logger.info("encoding %d captions", len(texts))
+    starts = range(0, len(texts), batch_size)
+    parts = [conditioner([*texts[start : start + batch_size]]) for start in starts]
+    table = _trimmed(Conditioning.cat(parts))
+    if path is not None:
+        fields = {name: getattr(table, name) for name in TABLE}
+        tensors = {k: v.cpu().contiguous() for k, v in fields.items() if v is not None}
+        write_tensors(path, tensors)
+        logger.info("the encoded captions are kept in %s", path)
+    return table
+
+
+def _read(path: Path | None) -> Conditioning | None:
+    """A table that was written; None where there is none, or where it is damaged."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        table = Conditioning(**read_tensors(path))
+    except (UserError, TypeError):
+        return None
+    logger.info("encoded captions are read from %s", path)
+    return table
 
 
 def _trimmed(table: Conditioning) -> Conditioning:

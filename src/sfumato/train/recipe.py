@@ -24,15 +24,18 @@ from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.data import (
     BucketedImages,
     BucketedLatents,
+    Division,
     ImageSet,
     LatentSet,
+    Reading,
+    Split,
     cache_latents,
-    open_both,
-    open_buckets,
+    open_split,
 )
 from sfumato.data.images import OnError
-from sfumato.data.source import open_with
-from sfumato.data.splits import split
+from sfumato.data.pixel_cache import PixelCache
+from sfumato.data.reading import Layout
+from sfumato.data.splits import open_training_buckets
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
@@ -42,6 +45,7 @@ from sfumato.errors import UserError
 from sfumato.evaluate.features import load_features
 from sfumato.images import grid
 from sfumato.io.atomic import atomic_folder, hash_tensors, write_json
+from sfumato.io.host_memory import parse_size
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.base import ClassConditioner, Conditioner
 from sfumato.predict.conditioners.class_names import ClassNames
@@ -64,22 +68,54 @@ class DataSettings:
     """The source of the images, and their size, channels and held-out share."""
 
     source: str = "fashion-mnist"
+    """fashion-mnist, a folder, a .parquet file or hf:NAME."""
     size: int | None = None
     channels: int | None = None
     flip: bool = False
     """Mirror at random (the autoencoder's stage only: cached latents are not mirrored)."""
     limit: int | None = None
+    """Use so many images, chosen at random and always the same, from each class its share."""
     on_error: OnError = "raise"
     held_out: float = 0.02
     """Share of the images kept for measuring where the source has no test split of its own."""
+    layout: Layout = "auto"
+    """Meaning of subfolders: splits (train/, test/), classes, or flat (none)."""
+    image_column: str | None = None
+    """Column of the images of a table, or of the file names in metadata."""
+    label_column: str | None = None
+    """Column of the classes; "none": no classes."""
+    caption_column: str | None = None
+    """Column of the captions; "sidecar": text files beside the images; "none": no captions."""
+    cache: str | None = None
+    """Folder of resized pixels that memory cannot hold; "off": none; none: ~/.cache/sfumato."""
+    cache_size: str = "20GB"
+    """Most that the cache may take on the disk; the oldest pixels make room for new ones."""
     buckets: int | None = None
     """Step of the sides of aspect buckets in pixels; none: squares.
 
     In buckets images keep their aspect, in about size x size pixels (the denoiser's stage only)."""
 
+    @property
+    def reading(self) -> Reading:
+        """The settings that decide where the source can be read in two ways."""
+        return Reading(self.layout, self.image_column, self.label_column, self.caption_column)
+
+    @property
+    def pixel_cache(self) -> PixelCache | None:
+        """The cache of resized pixels; None: off."""
+        if self.cache == "off":
+            return None
+        folder = None if self.cache is None else Path(self.cache)
+        return PixelCache(folder, parse_size(self.cache_size))
+
     def open(self) -> tuple[ImageSet, ImageSet]:
         """(training images, held-out images), all of one shape."""
-        return open_both(
+        split = self.split()
+        return split.training, split.held_out
+
+    def split(self) -> Split:
+        """Training images and held-out images, all of one shape, and their division."""
+        return open_split(
             self.source,
             self.held_out,
             limit=self.limit,
@@ -87,30 +123,28 @@ class DataSettings:
             size=self.size,
             channels=self.channels,
             on_error=self.on_error,
+            reading=self.reading,
+            cache=self.pixel_cache,
         )
 
-    def open_buckets(self) -> BucketedImages:
-        """The training images, by their aspects in buckets of about size x size pixels."""
+    def open_buckets(self) -> tuple[BucketedImages, Division]:
+        """The training images in buckets of about size x size pixels, and the division."""
         if self.size is None or self.buckets is None:
             raise UserError(
                 f"data.size={self.size} and data.buckets={self.buckets}: "
                 "aspect buckets need both, a size and a step in pixels"
             )
-        images = open_buckets(
+        return open_training_buckets(
             self.source,
+            self.held_out,
             side=self.size,
             step=self.buckets,
             channels=self.channels,
             on_error=self.on_error,
             limit=self.limit,
-            flip=self.flip,
+            reading=self.reading,
+            cache=self.pixel_cache,
         )
-        try:
-            open_with(lambda listing: None, self.source, "test", self.on_error)
-            return images
-        except UserError as error:
-            training, _ = split(len(images), self.held_out, error)
-            return images.subset(torch.isin(images.places, training).nonzero()[:, 0])
 
 
 @dataclass(frozen=True)
@@ -135,7 +169,8 @@ class AutoencoderRecipe:
                 f"data.buckets={self.data.buckets}: the autoencoder trains on squares; "
                 "give aspect buckets to the denoiser alone"
             )
-        images, held_out = self.data.open()
+        split = self.data.split()
+        images, held_out = split.training, split.held_out
         seed_torch(self.loop.seed)
         channels = images.shape[0]
         network = AutoencoderKL(replace(self.network, in_channels=channels, out_channels=channels))
@@ -150,7 +185,7 @@ class AutoencoderRecipe:
         if accelerator.is_main_process:
             with atomic_folder(out / "autoencoder" / "vae") as temporary:
                 save_part(temporary, trained)
-            _finish(out / "autoencoder", started, len(images))
+            _finish(out / "autoencoder", started, len(images), split.division)
         accelerator.wait_for_everyone()
         return out / "autoencoder" / "vae"
 
@@ -185,9 +220,12 @@ class DenoiserRecipe:
         autoencoder = _autoencoder(self.autoencoder or out / "autoencoder" / "vae")
         space = autoencoder.space
         outline = _outline(self.network, space.channels)
-        images = _images(replace(self.data, flip=False), space.factor, outline.patch)
+        images, division = _images(replace(self.data, flip=False), space.factor, outline.patch)
         accelerator = start(self.loop)
-        conditioner, conditions, prompts, fields = _conditioners(images, self.text, outline)
+        with accelerator.main_process_first():  # the others find the first one's cache
+            conditioner, conditions, prompts, fields = _conditioners(
+                images, self.text, outline, out / "captions"
+            )
         if outline.learned_variance and self.loss.variance:
             check_has_vlb(process.schedule)
         with accelerator.main_process_first():
@@ -205,7 +243,10 @@ class DenoiserRecipe:
 
         def model(network: nn.Module) -> LatentDiffusion:
             denoiser = Denoiser(network, process)
-            return LatentDiffusion(autoencoder, denoiser, conditioner, defaults, self.name)
+            return LatentDiffusion(
+                autoencoder, denoiser, conditioner, defaults, self.name,
+                training_data=division.to_json(),
+            )  # fmt: skip
 
         def preview(network: nn.Module, step: int) -> Preview:
             shown = [prompts[i % len(prompts)] for i in range(80)]
@@ -218,7 +259,7 @@ class DenoiserRecipe:
         trained = train(objective, self.loop, out / "denoiser", resume=resume)
         if accelerator.is_main_process:
             model(trained).save(out / "model")
-            _finish(out / "denoiser", started, len(images))
+            _finish(out / "denoiser", started, len(images), division)
         accelerator.wait_for_everyone()
         return out / "model"
 
@@ -229,10 +270,13 @@ def _outline(config: Any, channels: int) -> Network:
         return build(replace(config, **network_of(config).shape_fields(config, channels, 32)))
 
 
-def _images(data: DataSettings, factor: int, patch: int) -> ImageSet | BucketedImages:
+def _images(
+    data: DataSettings, factor: int, patch: int
+) -> tuple[ImageSet | BucketedImages, Division]:
     """The training images: squares, or buckets whose latents are whole patches of the network."""
     if data.buckets is None:
-        return data.open()[0]
+        split = data.split()
+        return split.training, split.division
     if data.buckets < 1 or data.buckets % (factor * patch):
         raise UserError(
             f"data.buckets={data.buckets}: the step of the buckets' sides must be a multiple of "
@@ -249,9 +293,10 @@ def _latents(
     return BucketedLatents([encode_all(bucket, autoencoder, folder) for bucket in images.sets])
 
 
-def _finish(folder: Path, started: float, images: int) -> None:
+def _finish(folder: Path, started: float, images: int, division: Division) -> None:
     seconds = round(time.perf_counter() - started, 1)
-    write_json(folder / "finished.json", {"seconds_this_run": seconds, "images": images})
+    facts = {"seconds_this_run": seconds, "images": images, "data": division.to_json()}
+    write_json(folder / "finished.json", facts)
 
 
 def _autoencoder(folder: Path) -> Autoencoder:
@@ -269,7 +314,7 @@ def _autoencoder(folder: Path) -> Autoencoder:
 
 
 def _conditioners(
-    images: ImageSet | BucketedImages, text: Path | None, network: Network
+    images: ImageSet | BucketedImages, text: Path | None, network: Network, cache: Path
 ) -> tuple[Conditioner, ClassConditioner | Captions, list[str | None], dict[str, Any]]:
     """The conditioning of a model and of its training.
 
@@ -301,7 +346,7 @@ def _conditioners(
     conditioner = open_text_conditioner(text)
     pooled = conditioner.null(1).vector
     fields = network.text_fields(conditioner.width, None if pooled is None else pooled.shape[1])
-    captions = Captions(conditioner, images.captions)
+    captions = Captions(conditioner, images.caption_choices or images.captions, cache=cache)
     common = [caption for caption, _ in Counter(images.captions).most_common(10)]
     return conditioner, captions, [*common], fields
 

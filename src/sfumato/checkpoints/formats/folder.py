@@ -208,6 +208,7 @@ def read(path: Path, name: str, options: LoadOptions) -> Checkpoint:
     with explained(path / "model_index.json"):
         notes = index.get("_sfumato", {})
         model_name, run = str(notes.get("name", name)), dict(notes.get("defaults", {}))
+        training_data = dict(notes.get("training_data", {}))
     return Checkpoint(
         components,
         schedulers,
@@ -217,6 +218,7 @@ def read(path: Path, name: str, options: LoadOptions) -> Checkpoint:
         family=None if family is None else family.name,
         conditioner=partial(_read_conditioner, path, index),
         path=path,
+        training_data=training_data,
     )
 
 

@@ -158,8 +158,11 @@ class DenoiserObjective(Objective):
         }
 
     def batch(self, indices: Tensor, draw: Draw) -> dict[str, Tensor]:
-        """The latents' batch, with the indices as "number"."""
-        return self.latents.batch(indices) | {"number": indices}
+        """The latents' batch, with the indices as "number" and a caption of each image."""
+        batch = self.latents.batch(indices) | {"number": indices}
+        if isinstance(self.conditioner, Captions):
+            batch[self.conditioner.batch_key] = self.conditioner.choose(indices, draw)
+        return batch
 
     def loss(
         self,

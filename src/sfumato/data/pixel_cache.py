@@ -1,0 +1,227 @@
+"""Resized pixels on disk, so that large originals are decoded once and not at every step.
+
+    folder/KEY[:16]/NAME.safetensors   "pixels" uint8 (n, c, H, W), "content" and "digest" (n, 32)
+    KEY = hash(transform, sizes, format)     content = SHA-256 of the original's bytes
+
+An image is found by its content: a file that is replaced, even by one of equal size and time, is
+decoded again, and one that moved is not. Shards are written whole, so that a stopped run goes on
+behind its last one, and are memory-mapped. The least recently used shards make room for new ones.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from sfumato.data.transform import to_float
+from sfumato.errors import UserError
+from sfumato.io.atomic import NotWritten, hash_bytes, hash_json, read_tensors, write_tensors
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Raise it when decoding or resizing changes: all pixels are then made anew."""
+SHARD = 64 << 20
+"""Bytes of pixels in a file, about."""
+LIMIT = 20 * 10**9
+"""Bytes of the whole cache, where no other limit is set."""
+
+
+@dataclass(frozen=True)
+class PixelCache:
+    """Place and size of the cache.
+
+    Attributes:
+        folder: None: $XDG_CACHE_HOME/sfumato/pixels (~/.cache/sfumato/pixels).
+        limit: Bytes that all its files may take together.
+    """
+
+    folder: Path | None = None
+    limit: int = LIMIT
+
+    @property
+    def place(self) -> Path:
+        """The folder."""
+        if self.folder is not None:
+            return self.folder.expanduser()
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(base) / "sfumato" / "pixels"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The place of an image's pixels: a shard and a row."""
+
+    path: Path
+    row: int
+
+
+CACHE = PixelCache()
+
+
+class PixelStore:
+    """The cached images of one transform.
+
+    Args:
+        cache: Place and size.
+        transform: Hash of all that turns originals into pixels.
+
+    Attributes:
+        reserved: `reserve` was called.
+        writing: New pixels are kept.
+    """
+
+    def __init__(self, cache: PixelCache, transform: str):
+        key = hash_json({"format": FORMAT, "transform": transform})
+        self.cache, self.folder = cache, cache.place / key[:16]
+        self.reserved, self.writing = False, False
+        self._rows: dict[bytes, _Place] = {}
+        self._digests: dict[bytes, np.ndarray] = {}
+        self._shards: dict[Path, Tensor] = {}
+        self._used: set[Path] = set()
+        self._waiting: dict[tuple[int, ...], list[tuple[bytes, np.ndarray, np.ndarray]]] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            self._open(path)
+
+    def _open(self, path: Path) -> None:
+        try:
+            tensors = read_tensors(path)
+            contents, digests = tensors["content"].numpy(), tensors["digest"].numpy()
+            self._shards[path] = tensors["pixels"]
+        except (UserError, KeyError):  # removed by another process, or damaged
+            return
+        for row, content in enumerate(contents):
+            self._rows[content.tobytes()] = _Place(path, row)
+            self._digests[content.tobytes()] = digests[row].copy()
+
+    def find(self, content: bytes) -> tuple[np.ndarray, np.ndarray] | None:
+        """Pixels (c, H, W) of an original, memory-mapped, and the digest of its decoded self."""
+        place = self._rows.get(content)
+        if place is None:
+            return None
+        self._used.add(place.path)
+        return self._shards[place.path][place.row].numpy(), self._digests[content]
+
+    def reserve(self, size: int, title: str) -> None:
+        """Begin to write, if so many bytes find room; else say that they do not.
+
+        Args:
+            size: Bytes of all pixels of the source, about.
+            title: Name of the source.
+        """
+        self.reserved = True
+        if size > self.cache.limit or not self._make_room(size):
+            logger.warning(
+                "%s has %.1f GB of resized pixels, and the cache in %s holds %.1f GB: originals "
+                "are decoded at every step; give it more with data.cache_size",
+                title, size / 1e9, self.cache.place, self.cache.limit / 1e9,
+            )  # fmt: skip
+            return
+        self.writing = True
+        logger.info(
+            "resized pixels of %s are kept in %s (%.1f GB; the cache holds %.1f GB at most)",
+            title, self.folder, size / 1e9, self.cache.limit / 1e9,
+        )  # fmt: skip
+
+    def _make_room(self, size: int) -> bool:
+        """Remove the shards that were used longest ago until `size` bytes fit."""
+        files: list[tuple[float, int, Path]] = []
+        for path in self.cache.place.glob("*/*.safetensors"):
+            try:
+                facts = path.stat()
+            except OSError:  # removed by another process
+                continue
+            files.append((facts.st_mtime, facts.st_size, path))
+        own = sum(s for _, s, path in files if path in self._used)
+        total = sum(s for _, s, _ in files)
+        room = self.cache.limit - max(0, size - own)
+        for _, length, path in sorted(files):
+            if total <= room:
+                break
+            if path not in self._used:
+                path.unlink(missing_ok=True)
+                total -= length
+        return total <= room
+
+    def add(self, content: bytes, digest: np.ndarray, pixels: np.ndarray) -> None:
+        """Keep the pixels (c, H, W) of an original; they are written with others of their shape."""
+        if not self.writing or content in self._rows:
+            return
+        group = self._waiting.setdefault(pixels.shape, [])
+        group.append((content, digest, pixels))
+        if len(group) * pixels.nbytes >= SHARD:
+            self._write(pixels.shape)
+
+    def finish(self) -> None:
+        """Write what waits, and note which shards were used."""
+        for shape in [*self._waiting]:
+            self._write(shape)
+        for path in self._used:
+            if path.exists():
+                os.utime(path)
+
+    def _write(self, shape: tuple[int, ...]) -> None:
+        group = self._waiting.pop(shape)
+        contents = np.stack([np.frombuffer(content, np.uint8) for content, _, _ in group])
+        tensors = {
+            "pixels": torch.from_numpy(np.stack([pixels for _, _, pixels in group])),
+            "content": torch.from_numpy(contents),
+            "digest": torch.from_numpy(np.stack([digest for _, digest, _ in group])),
+        }
+        path = self.folder / f"{hash_bytes(contents.tobytes())[:32]}.safetensors"
+        try:
+            write_tensors(path, tensors)
+        except (NotWritten, OSError) as error:
+            self.writing = False
+            logger.warning("%s; originals are decoded at every step", error)
+            return
+        self._open(path)
+        self._used.add(path)
+
+    def pixels(self, contents: Sequence[bytes], shape: tuple[int, ...]) -> "MappedPixels | None":
+        """The pixels of originals, in this order; None where one of them is missing."""
+        if any(content not in self._rows for content in contents):
+            return None
+        digests = np.stack([self._digests[content] for content in contents])
+        return MappedPixels([self._rows[c] for c in contents], shape, digests)
+
+
+class MappedPixels:
+    """Pixels in memory-mapped shards: uint8 (N, c, H, W), where c = 1 also serves 3 channels."""
+
+    def __init__(
+        self, places: Sequence[_Place], shape: tuple[int, ...], digests: UInt8[np.ndarray, "N 32"]
+    ):
+        paths = list(dict.fromkeys(place.path for place in places))
+        number = {path: i for i, path in enumerate(paths)}
+        self._paths, self.shape, self.digests = paths, shape, digests
+        self._shard = np.array([number[place.path] for place in places])
+        self._row = np.array([place.row for place in places])
+        self._open: dict[int, Tensor] = {}
+        # mapped now: a shard that another process removes stays
+        for i in range(len(paths)):
+            self._pixels(i)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # another process maps the files itself instead of being sent their contents
+        return {**self.__dict__, "_open": {}}
+
+    def _pixels(self, shard: int) -> Tensor:
+        if shard not in self._open:
+            self._open[shard] = read_tensors(self._paths[shard])["pixels"]
+        return self._open[shard]
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Float32 (B, C, H, W) in [-1, 1] of the rows."""
+        out = torch.empty((len(rows), *self.shape), dtype=torch.uint8)
+        for k, row in enumerate(rows.tolist()):
+            # a grey image among coloured ones is repeated by the assignment
+            out[k] = self._pixels(int(self._shard[row]))[int(self._row[row])]
+        return to_float(out)
