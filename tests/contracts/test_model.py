@@ -40,6 +40,7 @@ from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.conditioners.unconditional import Unconditional
 from sfumato.predict.denoiser import Denoiser, evaluate_calls
+from sfumato.predict.guidance.settings import Guidance
 from sfumato.registry import names
 from sfumato.sampling import Defaults, Request
 from sfumato.tasks.variations import vary
@@ -307,6 +308,29 @@ def test_guidance_is_the_line_through_two_predictions(model: LatentDiffusion) ->
                 model, "bag", steps=1, guidance=weight, seed=7, negative_prompt="ankle boot"
             )
             assert near(result, boot + weight * (bag - boot))
+
+
+@pytest.mark.parametrize(
+    ("guidance", "sampler", "idle"),
+    [
+        ("3 interval:low=0.4,high=0.6", "ddim", True),  # of 1, 2/3 and 1/3
+        ("3 interval:low=0.3,high=0.4", "ddim", False),
+        ("3 interval:low=0.4,high=0.6", "heun", False),  # it might be called in between
+        ("3 adaptive:low=90,high=99", "ddim", True),
+        ("1 interval:low=0.4,high=0.6", "ddim", False),
+        ("1 dual:second=2 condition condition", "ddim", False),
+    ],
+)
+def test_guidance_that_never_acts_is_logged(
+    model: LatentDiffusion,
+    guidance: str,
+    sampler: str,
+    idle: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    latents(model, "bag", steps=3, guidance=guidance, sampler=sampler)
+    text = f"guidance {Guidance.parse(guidance)} has no effect: its weight is 1 at all times"
+    assert [text in record.message for record in caplog.records] == [True] * idle
 
 
 def test_guidance_costs_a_second_pass_only_where_it_acts(model: LatentDiffusion) -> None:

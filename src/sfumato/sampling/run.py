@@ -3,6 +3,7 @@
 Nothing of the request is checked here: `plan.py` has done so.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from sfumato.batching import DenoiseCalls, DenoiseFn
 from sfumato.diffuse.run import SeededNoise, Step, sampler_coroutine
-from sfumato.diffuse.samplers import calls
+from sfumato.diffuse.samplers import calls, traits_of
 from sfumato.diffuse.slerp import SlerpNoise
 from sfumato.predict.conditioners import interpolate_conditioning
+from sfumato.predict.guidance.moment import Moment
 from sfumato.predict.guidance.settings import build
 from sfumato.predict.wrappers.feature_cache import feature_cache
 from sfumato.predict.wrappers.known_region import finish as restore_region
@@ -24,6 +26,8 @@ from sfumato.predict.wrappers.multidiffusion import multidiffusion
 from sfumato.sampling.plan import Plan, Prompts, concat_parts, guide_denoiser, seeds_of
 from sfumato.sampling.request import Model
 from sfumato.types import Conditioning, ImageSpec, Noise
+
+logger = logging.getLogger(__name__)
 
 
 def plan_coroutine(
@@ -91,12 +95,31 @@ def _denoise_fn(model: Model, plan: Plan) -> DenoiseFn:
     request = plan.request
     conditioning, references = _conditionings(model, plan)
     point = model.denoiser.process.schedule.point
+    _log_idle_guidance(plan, point)
     denoise = build(
         plan.guidance, model.denoiser, conditioning, references, point, guide_denoiser(request)
     )
     if request.tiles is not None:
         denoise = multidiffusion(denoise, *request.tiles)
     return denoise if request.cache is None else feature_cache(denoise, request.cache)
+
+
+def _log_idle_guidance(plan: Plan, point: Callable[[float], tuple[float, float]]) -> None:
+    """Log guidance, and with it a negative prompt, whose weight is 1 at all times of the run.
+
+    Samplers that call the network between the times are left out.
+    """
+    weight, rule, _ = plan.guidance.parts()
+    if plan.guidance.off or rule.always or traits_of(plan.sampler_function).calls > 1:
+        return
+    times = plan.timesteps[:-1]
+    if not any(weight.active(Moment(t, *point(t))) for t in times):
+        logger.warning(
+            "guidance %s has no effect: its weight is 1 at all times of this run, %.3g to %.3g",
+            plan.guidance,
+            times[0],
+            times[-1],
+        )
 
 
 def _conditionings(model: Model, plan: Plan) -> tuple[Conditioning, list[Conditioning]]:
