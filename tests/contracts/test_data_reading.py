@@ -336,6 +336,7 @@ def test_columns_of_a_table(tmp_path: Path, log: pytest.LogCaptureFixture) -> No
     images = open_images(place)
     assert names_of(images) == ["0", "1"] and images.caption_choices == [("p", "q"), ("",)]
     assert "classes from column label; captions from column caption; not read: url" in log.text
+    assert "1 of 2 captions are empty; 1 images have several" in log.text
     write_parquet(place, label=[0.5, 1.0])
     with pytest.raises(UserError, match=r"column label .* such as '0.5'"):
         open_images(place)

@@ -135,6 +135,19 @@ def _captions(value: Any, row: int, column: str, source: str) -> Captions:
     return unique(t for t in texts if t)
 
 
+def empty_note(captions: Sequence[Captions] | None) -> str:
+    """A line about images without a caption, and with several; "" where each has one."""
+    if captions is None:
+        return ""
+    empty, several = (
+        sum(c == ("",) for c in captions),
+        sum(len(c) > 1 for c in captions),
+    )
+    parts = [f"{empty} of {len(captions)} captions are empty" if empty else ""]
+    parts.append(f"{several} images have several, of which each visit draws one" if several else "")
+    return "; ".join(filter(None, parts))
+
+
 def unique(texts: Iterable[str]) -> Captions:
     """The texts without repetitions and blank ones; ("",) for none."""
     return tuple(dict.fromkeys(t for t in texts if t.strip())) or ("",)

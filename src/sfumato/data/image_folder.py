@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from sfumato.data.columns import Captions
+from sfumato.data.columns import Captions, empty_note
 from sfumato.data.images import Listing
 from sfumato.data.metadata import Notes, file_key, read_notes
 from sfumato.data.reading import Reading, Splits, canonical_split, is_split, listed
@@ -111,7 +111,8 @@ def _listing(whole: Tree, root: Path, on_error: str, reading: Reading) -> Listin
     captions: list[Captions] | None = None
     if notes.captions is not None:
         captions = [notes.captions[f] for f in files]
-    described = [f"{len(files)} images", *filter(None, (origin, notes.origin))]
+    parts = (origin, notes.origin, empty_note(captions))
+    described = [f"{len(files)} image{'s' if len(files) != 1 else ''}", *filter(None, parts)]
     logger.info("%s: %s", root, "; ".join(described))
     names = [file_key(f.relative_to(root).as_posix()) for f in files]
     return Listing(

@@ -5,7 +5,8 @@
 Pixels stay uint8 in memory when they fit (`MEMORY_LIMIT`), otherwise in a cache on disk
 (`pixel_cache.py`); without a cache each batch decodes its own.
 The fingerprint is a hash of the decoded pixels themselves, before resizing: a file that is re-saved
-with the same pixels keeps it, one changed pixel does not.
+with the same pixels keeps it, one changed pixel does not. Large JPEG files are decoded at a
+fraction of their size (`draft.py`), and so hashed.
 """
 
 import copy
@@ -24,6 +25,7 @@ import torch
 from jaxtyping import Int, Int64, UInt8
 from torch import Tensor
 
+from sfumato.data.draft import reduced
 from sfumato.data.pixel_cache import MappedPixels, PixelCache, PixelStore
 from sfumato.data.transform import RawImage, Transform, decode, to_float
 from sfumato.errors import UserError
@@ -183,7 +185,8 @@ class _OnDemand:
         index = self.rows[row]
         name = self.listing.image_name(index)
         try:
-            pixels = decode(self.listing.images[index])
+            image, _ = reduced(self.listing.images[index], lambda shape: self.transform)
+            pixels = decode(image)
         except UserError as error:
             reason = f"{name} can no longer be read ({error})"
             raise UserError(f"{reason}: open the images again") from error
@@ -506,8 +509,10 @@ def _decode_all(
                 image, content = data, hashlib.sha256(data).digest()
                 if kept := store.find(content):
                     return _Checked(*kept, kept[0].shape, content=content)
+            image, transform = reduced(image, transform_of)
             decoded = decode(image)
-            pixels = transform_of((decoded.shape[0], decoded.shape[1])).fit(decoded)
+            transform = transform or transform_of((decoded.shape[0], decoded.shape[1]))
+            pixels = transform.fit(decoded)
             shape, size = pixels.shape, decoded.nbytes
             return _Checked(pixels, digest(decoded), shape, content=content, decoded=size)
         except UserError as error:

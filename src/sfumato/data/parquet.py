@@ -22,6 +22,7 @@ from sfumato.data.columns import (
     caption_choices,
     choose_column,
     class_labels,
+    empty_note,
 )
 from sfumato.data.images import Listing
 from sfumato.data.reading import SIDECAR, Reading, Splits, canonical_split, listed, splits_in
@@ -299,6 +300,7 @@ def _list(data: Any, name: str, source: str, reading: Reading, identity: str = "
         labels, classes = class_labels(list(data[label]), label, source)
     captions = None if text is None else caption_choices(list(data[text]), text, source)
     rest = [c for c in others if c not in (label, text)]
+    words = empty_note(captions)
     logger.info(
         "%s: %d rows; images from column %s; %s; %s%s",
         source,
@@ -306,7 +308,7 @@ def _list(data: Any, name: str, source: str, reading: Reading, identity: str = "
         column,
         f"{len(classes)} classes from column {label}" if label else "no classes",
         f"captions from column {text}" if text else "no captions",
-        f"; not read: {listed(rest)}" if rest else "",
+        "".join(f"; {note}" for note in (rest and f"not read: {listed(rest)}", words) if note),
     )
     rows = Rows(data.select_columns([column]), column)
     row_name = partial("row {1} of {0}".format, source)
