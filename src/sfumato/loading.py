@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from sfumato.checkpoints import families
+from sfumato.checkpoints import families, hub
 from sfumato.checkpoints.checkpoint import Checkpoint, LoadOptions, ReadOptions
 from sfumato.checkpoints.formats import folder as folders
 from sfumato.checkpoints.formats import open_file
@@ -39,12 +39,14 @@ def load(
     tokenizer: str | Path | None = None,
     memory: int | str | None = None,
     transformer: str | Path | None = None,
+    revision: str | None = None,
 ) -> LatentDiffusion:
     """Load a model.
 
     Args:
         source: a bundled name ("fashion"), a folder in diffusers' layout, a single file
-            (.safetensors, .ckpt), or a hub id ("owner/name"; `huggingface_hub` caches its files).
+            (.safetensors, .ckpt), or a hub id ("owner/name", "owner/name@revision";
+            `huggingface_hub` caches its files).
         device: where the model runs.
         dtype: of all weights (default: float32).
         variant: the files of a folder to prefer, such as "fp16".
@@ -55,6 +57,7 @@ def load(
             from the files, as in `LatentDiffusion.streamed`, with the same images.
         transformer: for folders: a file with the network alone (original, GGUF, fp8), which
             replaces the folder's. The folder may lack the weights of its own.
+        revision: of a hub id: a branch, a tag or a commit (default: the main branch).
 
     Raises:
         UserError: a model that is missing, damaged, of an unknown kind, or whose parts do not fit.
@@ -65,7 +68,16 @@ def load(
     size = None if memory is None else parse_size(memory)
     return open_model(
         source,
-        LoadOptions(device, dtype or torch.float32, variant, reading, tokenizer, size, network),
+        LoadOptions(
+            device,
+            dtype or torch.float32,
+            variant,
+            reading,
+            tokenizer,
+            size,
+            network,
+            revision=revision,
+        ),
     )
 
 
@@ -73,9 +85,13 @@ def open_model(source: str | Path, options: LoadOptions) -> LatentDiffusion:
     """`load` with its arguments checked."""
     models = bundled()
     path = models.get(str(source), Path(source).expanduser())
-    hub_id = str(source).count("/") == 1 and not str(source).startswith((".", "/", "~"))
-    if not path.exists() and hub_id:
-        path = _from_hub(str(source))
+    if not path.exists() and (hub_id := hub.parse_id(str(source), options.revision)):
+        path = hub.download(hub_id, options.variant, options.transformer is None)
+    elif options.revision is not None and path.exists():
+        raise UserError(
+            f"revision {options.revision!r} with {str(source)!r}, which is on this machine: "
+            "expected a hub id such as owner/name; leave the revision out"
+        )
     if path.is_file():
         model = _open_file(path, options)
     elif path.is_dir():
@@ -205,21 +221,3 @@ def _check_parts(
     else:
         return
     raise UserError(f"the parts of {path} do not fit: {fault}; use parts of one model")
-
-
-def _from_hub(name: str) -> Path:
-    """Return the local snapshot of a hub repository, downloaded where it is not cached."""
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=patterns))
-        if any(folder.glob("*/*.safetensors")):
-            return folder
-        # older than safetensors: pickled
-        return Path(snapshot_download(name, allow_patterns=[*patterns, "*.bin"]))
-    except Exception as error:  # the library raises a dozen kinds for a failed download
-        raise UserError(
-            f"cannot download model {name!r} from the Hub ({type(error).__name__}): "
-            "check the name and the connection, or give a folder"
-        ) from error

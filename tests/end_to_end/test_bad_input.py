@@ -622,7 +622,7 @@ def test_an_unknown_model_lists_those_that_travel_in_the_package(
     for name, words in (
         ("nope", f"model 'nope' was not found: expected a bundled name ({available})"),
         ("./runs/nope", "model './runs/nope' was not found"),
-        ("owner/name", "cannot download model 'owner/name' from the Hub"),
+        ("owner/name", "model 'owner/name': there is no such folder"),
         ("notes.txt", "notes.txt: expected a file that ends in .safetensors, .sft, .ckpt"),
         ("empty", "empty is not a model folder"),
     ):

@@ -123,6 +123,7 @@ class LoadOptions:
         transformer: A file that replaces the folder's network.
         stored: Whether weights stay as they are in the files, neither read nor checked, to be
             streamed or converted.
+        revision: Of a hub id, a branch, a tag or a commit.
     """
 
     device: str = "cpu"
@@ -133,6 +134,7 @@ class LoadOptions:
     memory: int | None = None
     transformer: Path | None = None
     stored: bool = False
+    revision: str | None = None
 
     @property
     def opened(self) -> torch.dtype | None:

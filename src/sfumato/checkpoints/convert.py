@@ -23,7 +23,11 @@ from sfumato.checkpoints.families import (
 )
 from sfumato.checkpoints.formats import open_file
 from sfumato.checkpoints.formats.folded import is_folded
-from sfumato.checkpoints.formats.folder import read_component, write_component
+from sfumato.checkpoints.formats.folder import (
+    read_component,
+    require_variant,
+    write_component,
+)
 from sfumato.checkpoints.lazy_tensor import (
     apply_scales,
     cast_for_storage,
@@ -199,6 +203,8 @@ def _read_configs(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _open_folder(folder: Path, variant: str | None) -> Source:
+    if (folder / "model_index.json").exists():
+        require_variant(folder, variant)
     components: dict[str, Component] = {}
     for part, place in _part_folders(folder).items():
         component = read_component(place, variant, text=None)

@@ -19,6 +19,7 @@ from torch import Tensor
 from sfumato.errors import NumericalError, UserError
 from sfumato.io import host_memory
 from sfumato.io.atomic import read_json, read_tensors
+from sfumato.io.key_marks import require_unquantized, unwrapped
 from sfumato.io.pickles import read_pickle
 
 ENDINGS = (".safetensors", ".bin")
@@ -58,30 +59,101 @@ def find_weights(
     Raises:
         UserError: no such file; the message lists the folder's files.
     """
-    folder, stems = Path(folder), {ENDINGS[0]: stem, ENDINGS[1]: pickled or stem}
-    marks = [f".{variant}", ""] if variant else [""]
-    for mark in marks:
+    folder = Path(folder)
+    files = sorted(p.name for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
+    chosen = choose_weights(files, stem, variant, pickled)
+    if chosen is None:
+        raise no_weights(folder, files if folder.is_dir() else None, stem, variant)
+    if not chosen.endswith(".json"):
+        return [folder / chosen]
+    return [folder / name for name in shard_names(folder / chosen, files)]
+
+
+def choose_weights(
+    names: Collection[str], stem: str, variant: str | None = None, pickled: str | None = None
+) -> str | None:
+    """Choose the file of a part's weights, or the index of its shards; None: there is neither.
+
+    The index of a variant has three names: `STEM.safetensors.index.fp16.json` of transformers and
+    of diffusers since version 0.32, `STEM.safetensors.fp16.index.json` of earlier ones, and
+    `STEM.fp16.safetensors.index.json`.
+
+    Args:
+        names: the files of the part's folder.
+        stem: the beginning of the files' names.
+        variant: the files to prefer, such as "fp16".
+        pickled: the stem of pickled files, where it is another one.
+    """
+    stems = {ENDINGS[0]: stem, ENDINGS[1]: pickled or stem}
+    for mark in [f".{variant}", ""] if variant else [""]:
         for ending in ENDINGS:
-            whole = folder / f"{stems[ending]}{mark}{ending}"
-            index = folder / f"{stems[ending]}{ending}.index{mark}.json"
-            if whole.exists():
-                return [whole]
-            if index.exists():
-                return _shards(index)
-    files = sorted(p.name for p in folder.iterdir() if p.is_file()) if folder.is_dir() else ()
-    present = ", ".join(files) if folder.is_dir() else "nothing"
-    marked = (name.removeprefix(f"{stem}.") for name in files if name.startswith(f"{stem}."))
-    variants = {name.split(".")[0] for name in marked if name.endswith(".safetensors")}
-    variants = sorted({re.sub(r"-\d+-of-\d+$", "", mark) for mark in variants})
+            start = stems[ending]
+            candidates = (
+                f"{start}{mark}{ending}",
+                f"{start}{ending}.index{mark}.json",
+                f"{start}{ending}{mark}.index.json",
+                f"{start}{mark}{ending}.index.json",
+            )
+            for name in candidates:
+                if name in names:
+                    return name
+    return None
+
+
+def no_weights(
+    folder: object, files: Sequence[str] | None, stem: str, variant: str | None = None
+) -> UserError:
+    """Return the error for a part without weights.
+
+    Args:
+        folder: the part's folder.
+        files: its files; None: there is no such folder.
+        stem: the beginning of the files' names.
+        variant: the files that were asked for.
+    """
+    present = "nothing" if files is None else ", ".join(files)
+    variants = variants_of(files or (), stem)
     hint = f"ask for variant {' or '.join(map(repr, variants))}"
-    raise UserError(
-        f"{folder} has no weights {stem}{marks[0]}.safetensors (it has {present}): "
+    mark = f".{variant}" if variant else ""
+    return UserError(
+        f"{folder} has no weights {stem}{mark}.safetensors (it has {present}): "
         f"{hint if variants else 'copy or download it again'}"
     )
 
 
-def _shards(index: Path) -> list[Path]:
-    """Return the files that an index names; all must lie beside it."""
+def variants_of(files: Collection[str], stem: str) -> list[str]:
+    """Return the variants of a part's safetensors files, sorted."""
+    whole = re.compile(rf"{stem}\.([^.]+?)(-\d+-of-\d+)?\.safetensors")
+    shard = re.compile(rf"{stem}-\d+-of-\d+\.([^.]+)\.safetensors")
+    matches = (whole.fullmatch(name) or shard.fullmatch(name) for name in files)
+    return sorted({match[1] for match in matches if match})
+
+
+def unknown_variant(where: object, variant: str, variants: Sequence[str]) -> UserError:
+    """Return the error for a variant that no part of a model has.
+
+    Args:
+        where: the model.
+        variant: the one that was asked for.
+        variants: those that its parts have.
+    """
+    present = f"it has {', '.join(variants)}" if variants else "it has none: leave the variant out"
+    return UserError(f"no part of {where} has weights of variant {variant!r}: {present}")
+
+
+def shard_names(index: Path, present: Collection[str]) -> list[str]:
+    """Return the names of the shards that an index lists, by which the folder has them.
+
+    `model.fp16-00001-of-00002.safetensors` and `model-00001-of-00002.fp16.safetensors` are the new
+    and the old name of one file: an index may list either.
+
+    Args:
+        index: the file.
+        present: the files beside it.
+
+    Raises:
+        UserError: an index without files, or with paths.
+    """
     values = read_json(index)
     table = values.get("weight_map") if isinstance(values, dict) else None
     names = list(table.values()) if isinstance(table, dict) else []
@@ -91,14 +163,23 @@ def _shards(index: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name:
             raise UserError(f"{index} names a path outside its folder ({name!r}): it is refused")
-    return [index.parent / name for name in names]
+    other = {name: _other_name(name) for name in names}
+    return [
+        other[name] if name not in present and other[name] in present else name for name in names
+    ]
+
+
+def _other_name(shard: str) -> str:
+    """Return a shard's name with its variant at the other place; itself where it has none."""
+    new = re.sub(r"\.([^.]+)(-\d+-of-\d+)(\.[a-z]+)$", r"\2.\1\3", shard)
+    return new if new != shard else re.sub(r"(-\d+-of-\d+)\.([^.]+)(\.[a-z]+)$", r".\2\1\3", shard)
 
 
 def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
-    """Read every tensor of a part's files.
+    """Read every tensor of a part's files, without the names of wrappers in their keys.
 
     Raises:
-        UserError: a damaged file, or a key that two shards hold.
+        UserError: a damaged file, a key that two shards hold, or quantised weights.
     """
     tensors: dict[str, Tensor] = {}
     for path in files:
@@ -109,7 +190,8 @@ def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
                 "copy or download the folder again"
             )
         tensors |= shard
-    return tensors
+    require_unquantized(tensors, files[0] if len(files) == 1 else files[0].parent)
+    return unwrapped(tensors)
 
 
 # ---- keys ----------------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ Weights are compared with the network key by key before they are used. Missing, 
 keys are an error that lists them.
 """
 
+import logging
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +29,8 @@ from sfumato.checkpoints.metadata import network_class
 from sfumato.compress.base import Autoencoder
 from sfumato.errors import UserError, explained
 from sfumato.io.atomic import read_table, write_json
-from sfumato.io.safetensors import find_weights, read_weights
+from sfumato.io.key_marks import require_unquantized_config
+from sfumato.io.safetensors import find_weights, read_weights, unknown_variant, variants_of
 from sfumato.predict.conditioners import (
     conditioner_class,
     text_conditioner_class,
@@ -37,10 +40,21 @@ from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.conditioners.unconditional import Unconditional
 from sfumato.predict.networks.base import Network
 
+log = logging.getLogger("sfumato")
+
 STEM, TEXT_STEM, TEXT_PICKLED = "diffusion_pytorch_model", "model", "pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"
 NETWORKS = ("unet", "transformer")
 """Names of the network in model_index.json."""
+UNUSED_FIELDS = frozenset(
+    "decay min_decay optimization_step update_after_step use_ema_warmup inv_gamma power "
+    "quantization_config".split()
+)
+"""Fields of configs that change nothing in a network.
+
+They are settings of a running average, which diffusers' `EMAModel.save_pretrained` adds, and of a
+quantisation that is none.
+"""
 _OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_LAYER = re.compile(rf"(.*\battentions\.\d+)\.({'|'.join(_OLD)})\.(weight|bias)")
 
@@ -53,6 +67,7 @@ def read_component(
     variant: str | None = None,
     defaults: dict[str, Any] | None = None,
     text: bool | None = False,
+    index: Mapping[str, Any] | None = None,
 ) -> Component:
     """Read a part's config and the table of its weights.
 
@@ -61,14 +76,58 @@ def read_component(
         variant: the files to prefer, such as "fp16".
         defaults: values of fields that the config lacks.
         text: True for the file names of text encoders; None: decided by the config.
+        index: model_index.json, whose class for this part counts; None: the config's counts.
     """
-    config = {**(defaults or {}), **read_table(folder / "config.json")}
+    path = folder / "config.json"
+    config = {**(defaults or {}), **read_table(path)}
+    require_unquantized_config(config, path)
+    config = {field: value for field, value in config.items() if field not in UNUSED_FIELDS}
+    config = of_class(config, (index or {}).get(folder.name), path)
     text = "_class_name" not in config if text is None else text
     stem, pickled = (TEXT_STEM, TEXT_PICKLED) if text else (STEM, None)
     files = tuple(find_weights(folder, stem, variant, pickled))
     with explained(files[0] if len(files) == 1 else folder):
         tensors = from_tensors(modern(read_weights(files)))
     return Component(config, tensors, files, folder / "config.json")
+
+
+def of_class(config: dict[str, Any], entry: object, path: Path) -> dict[str, Any]:
+    """Return a config with the class that model_index.json names, which decides in diffusers.
+
+    A difference between the two is logged.
+
+    Args:
+        config: of a network, an autoencoder or a scheduler.
+        entry: [library, class] of model_index.json; anything else leaves the config as it is.
+        path: the config's file, for the message.
+    """
+    if not isinstance(entry, list | tuple) or len(entry) != 2 or entry[0] != "diffusers":
+        return config
+    named, own = entry[1], config.get("_class_name")
+    if not isinstance(named, str) or named == own:
+        return config
+    if own is not None:
+        log.warning(
+            "%s is of class %s, and model_index.json names %s, which is taken, as in diffusers",
+            *(path, own, named),
+        )
+    return {**config, "_class_name": named}
+
+
+def require_variant(folder: Path, variant: str | None) -> None:
+    """Raise `UserError` for a variant that no part of a model's folder has.
+
+    A part without it is read as it is, as by diffusers.
+
+    Args:
+        folder: the model's folder.
+        variant: such as "fp16"; None: none is asked for.
+    """
+    names = [path.name for path in folder.glob("*/*")]
+    if variant is None or any(f".{variant}" in name for name in names):
+        return
+    variants = {mark for stem in (STEM, TEXT_STEM) for mark in variants_of(names, stem)}
+    raise unknown_variant(folder, variant, sorted(variants))
 
 
 def load_part(
@@ -195,16 +254,16 @@ def read(path: Path, name: str, options: LoadOptions) -> Checkpoint:
             f"{path}/model_index.json names {names}: "
             f"expected at least {vae} and {' or '.join(NETWORKS)}"
         )
+    require_variant(path, options.variant)
     defaults = {} if family is None else dict(family.autoencoder_defaults)
-    components = {"vae": read_component(path / vae, options.variant, defaults)}
+    components = {"vae": read_component(path / vae, options.variant, defaults, index=index)}
     if options.transformer is None:
-        components[part] = read_component(path / part, options.variant)
+        components[part] = read_component(path / part, options.variant, index=index)
     else:
         components[part] = _override(path, options.transformer, options)
-    schedulers = {"scheduler": read_table(path / "scheduler" / "scheduler_config.json")}
-    low_res = path / "low_res_scheduler" / "scheduler_config.json"
-    if low_res.exists():
-        schedulers["low_res_scheduler"] = read_table(low_res)
+    schedulers = {"scheduler": _read_scheduler(path / "scheduler", index)}
+    if (path / "low_res_scheduler" / "scheduler_config.json").exists():
+        schedulers["low_res_scheduler"] = _read_scheduler(path / "low_res_scheduler", index)
     with explained(path / "model_index.json"):
         notes = index.get("_sfumato", {})
         model_name, run = str(notes.get("name", name)), dict(notes.get("defaults", {}))
@@ -220,6 +279,12 @@ def read(path: Path, name: str, options: LoadOptions) -> Checkpoint:
         path=path,
         training_data=training_data,
     )
+
+
+def _read_scheduler(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
+    """Read scheduler_config.json, of the class that model_index.json names."""
+    path = folder / "scheduler_config.json"
+    return of_class(read_table(path), index.get(folder.name), path)
 
 
 def _override(folder: Path, file: Path, options: LoadOptions) -> Component:

@@ -1,0 +1,296 @@
+"""Models of the Hub: the files of a repository that a model needs, and their download.
+
+A repository holds the same weights many times: in float32 and float16, as safetensors and pickled,
+for ONNX, Flax and OpenVINO, as a single file, with and without running average. Those of the parts
+that model_index.json names are downloaded, in the variant that is asked for. Configs come first, so
+that a model which cannot be opened is refused before its weights.
+
+    owner/name            owner/name@revision: a branch, a tag or a commit
+"""
+
+import errno
+import glob
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sfumato.checkpoints import families
+from sfumato.checkpoints.checkpoint import class_of
+from sfumato.checkpoints.formats.folder import NETWORKS, STEM, TEXT_PICKLED, TEXT_STEM
+from sfumato.errors import UserError
+from sfumato.io.atomic import read_table
+from sfumato.io.key_marks import require_unquantized_config
+from sfumato.io.safetensors import (
+    choose_weights,
+    no_weights,
+    shard_names,
+    unknown_variant,
+    variants_of,
+)
+
+log = logging.getLogger("sfumato")
+
+INDEX = "model_index.json"
+_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.+))?")
+_TEXTS = ("text_encoder", "bert")
+_SETTINGS = ("scheduler", "low_res_scheduler", "tokenizer", "conditioner")
+_SMALL = (".json", ".txt", ".model", ".jinja")
+"""Endings of configs and tokenizers."""
+_TOKEN = "`hf auth login`, or the variable HF_TOKEN"
+
+
+@dataclass(frozen=True)
+class HubId:
+    """A repository of models and its revision.
+
+    Attributes:
+        name: "owner/name".
+        revision: A branch, a tag or a commit; None: the main branch.
+    """
+
+    name: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.revision is None else f"{self.name}@{self.revision}"
+
+
+def parse_id(source: str, revision: str | None = None) -> HubId | None:
+    """Parse "owner/name" or "owner/name@revision"; None for anything else, such as a path.
+
+    Args:
+        source: The text.
+        revision: A revision beside it.
+
+    Raises:
+        UserError: For two different revisions.
+    """
+    match = None if source.startswith((".", "/", "~")) else _ID.fullmatch(source)
+    if match is None:
+        return None
+    if revision is not None and match[2] not in (None, revision):
+        raise UserError(
+            f"model {source!r} with revision {revision!r}: expected one revision; leave one out"
+        )
+    return HubId(match[1], match[2] or revision)
+
+
+def download(source: HubId, variant: str | None = None, network: bool = True) -> Path:
+    """Download what a model needs, where it is not in the cache yet.
+
+    Without a connection the cache alone is used.
+
+    Args:
+        source: The repository.
+        variant: Weights to prefer, such as "fp16"; parts without them are taken as they are.
+        network: Whether the network's weights are needed; False where another file replaces them.
+
+    Returns:
+        The folder of the snapshot.
+
+    Raises:
+        UserError: For a repository that is missing, gated, of another layout or of an unknown kind,
+            a variant that no part has, and a failed download.
+    """
+    with _explained(source):
+        from huggingface_hub import HfApi
+
+        try:
+            info = HfApi().repo_info(source.name, revision=source.revision)
+            names = sorted(file.rfilename for file in info.siblings or ())
+        except Exception as error:
+            # offline, a repository that is gone or gated now: a copy in the cache is still good
+            folder = None if "RevisionNotFoundError" in _kinds(error) else _cached(source)
+            if folder is None:
+                raise
+            if not _is_offline(error):
+                log.warning("%s: taken from the cache, because %s", source, _cause(source, error))
+            return folder
+        if INDEX not in names:
+            raise _no_index(source, names)
+        index = read_table(_fetch(source, [INDEX]) / INDEX)
+        parts = parts_of(index)
+        files = {part: _files_below(part, names) for part in parts}
+        small = [n for part in parts for n in files[part] if n.endswith(_SMALL)]
+        indices = [name for name in small if ".index." in Path(name).name]
+        folder = _fetch(source, [INDEX, *(name for name in small if name not in indices)])
+        weights = _weights(source, folder, files, variant, network)
+        indices = [name for name in weights if name.endswith(".json")]
+        if indices:
+            _fetch(source, indices)
+        for name in indices:
+            part = name.split("/")[0]
+            weights.remove(name)
+            weights += [
+                f"{part}/{shard}" for shard in shard_names(folder / name, _plain(files[part]))
+            ]
+        return _fetch(source, weights) if weights else folder
+
+
+def parts_of(index: Mapping[str, Any]) -> list[str]:
+    """Return the folders of the parts of a model_index.json that sfumato reads."""
+    family = families.by_pipeline(str(index.get("_class_name")))
+    autoencoder = "vae" if family is None else family.autoencoder_folder
+    listed = [
+        name
+        for name, entry in index.items()
+        if isinstance(entry, list) and entry and entry[-1] is not None
+    ]
+    read = (autoencoder, *NETWORKS, "scheduler", "low_res_scheduler", "conditioner")
+    return [name for name in listed if name in read or name.startswith((*_TEXTS, "tokenizer"))]
+
+
+def _weights(
+    source: HubId,
+    folder: Path,
+    files: Mapping[str, Sequence[str]],
+    variant: str | None,
+    network: bool,
+) -> list[str]:
+    """Choose the weights of each part, or the index of its shards; configs are checked."""
+    chosen: list[str] = []
+    variants: set[str] = set()
+    has_variant = False
+    for part, names in files.items():
+        if part == "conditioner":
+            chosen += [name for name in names if name.endswith(".safetensors")]
+        if part.startswith(_SETTINGS):
+            continue
+        texts = part.startswith(_TEXTS)
+        _check_config(folder / part / "config.json", texts)
+        if part in NETWORKS and not network:
+            continue
+        stem, pickled = (TEXT_STEM, TEXT_PICKLED) if texts else (STEM, None)
+        plain = _plain(names)
+        name = choose_weights(plain, stem, variant, pickled)
+        if name is None:
+            raise no_weights(f"{source}, part {part},", plain, stem, variant)
+        variants |= set(variants_of(plain, stem))
+        has_variant |= f".{variant}" in name
+        chosen.append(f"{part}/{name}")
+    if variant is not None and not has_variant:
+        raise unknown_variant(source, variant, sorted(variants))
+    return chosen
+
+
+def _check_config(path: Path, texts: bool) -> None:
+    """Raise `UserError` for a part that cannot be opened, before its weights are downloaded."""
+    if not path.exists():
+        return  # the reader says so
+    config = read_table(path)
+    require_unquantized_config(config, path)
+    name = config.get("_class_name")
+    if not texts and isinstance(name, str) and class_of(name) is None:
+        raise UserError(f"{path} is of class {name!r}, which sfumato does not have")
+
+
+def _files_below(part: str, names: Sequence[str]) -> list[str]:
+    return [name for name in names if name.startswith(f"{part}/") and name.count("/") == 1]
+
+
+def _plain(names: Sequence[str]) -> list[str]:
+    return [name.rpartition("/")[2] for name in names]
+
+
+def _fetch(source: HubId, names: Sequence[str]) -> Path:
+    """Download files of a repository; returns the folder of its snapshot."""
+    from huggingface_hub import snapshot_download
+
+    patterns = [glob.escape(name) for name in names]
+    return Path(snapshot_download(source.name, revision=source.revision, allow_patterns=patterns))
+
+
+def _cached(source: HubId) -> Path | None:
+    """Return the cached snapshot of a repository; None where there is none."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            source.name, revision=source.revision, allow_patterns=[INDEX], local_files_only=True
+        )
+    except Exception:  # the library raises several kinds, all of which mean that it is not there
+        return None
+    return Path(folder) if (Path(folder) / INDEX).exists() else None
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+
+def _no_index(source: HubId, names: Sequence[str]) -> UserError:
+    single = [n for n in names if "/" not in n and n.endswith((".safetensors", ".ckpt", ".gguf"))]
+    if single:
+        return UserError(
+            f"{source} is no folder in diffusers' layout (no {INDEX}), and has single files "
+            f"({', '.join(single[:6])}{', ...' if len(single) > 6 else ''}): "
+            f"download one with `hf download {source.name} {single[0]}`, and give its path"
+        )
+    shown = ", ".join(names[:6]) or "nothing"
+    return UserError(
+        f"{source} is no model in diffusers' layout: it has no {INDEX} ({shown} ...); "
+        "give the repository of a whole model"
+    )
+
+
+def _kinds(error: BaseException) -> set[str]:
+    """Return the names of an error's classes, which keep across versions of the library."""
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
+_OFFLINE = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectionError", "TransportError"}
+_OFFLINE |= {"ConnectError", "TimeoutException", "Timeout"}
+
+
+def _is_offline(error: BaseException) -> bool:
+    return bool(_kinds(error) & _OFFLINE)
+
+
+@contextmanager
+def _explained(source: HubId) -> Iterator[None]:
+    """Turn the errors of a download into a `UserError` that names the cause and the remedy."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the library raises a dozen kinds for a failed download
+        raise UserError(f"model {str(source)!r}: {_cause(source, error)}") from error
+
+
+def _cause(source: HubId, error: Exception) -> str:
+    from huggingface_hub import constants
+
+    kinds, page = _kinds(error), f"{constants.ENDPOINT}/{source.name}"
+    if "GatedRepoError" in kinds:
+        return (
+            f"the repository is gated; accept its licence at {page}, and log in with a token of "
+            f"your account ({_TOKEN})"
+        )
+    if "RevisionNotFoundError" in kinds:
+        return (
+            f"the repository has no revision {source.revision or 'main'!r}; "
+            f"its branches, tags and commits are at {page}/tree/main"
+        )
+    if "RepositoryNotFoundError" in kinds:
+        return (
+            "there is no such folder, and no such repository on the Hub that you may read; "
+            f"check the name, or log in if it is private ({_TOKEN})"
+        )
+    if "HFValidationError" in kinds:
+        return "there is no such folder, and the name is none of a repository (owner/name)"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk of the cache is full; free space, or set HF_HOME to a folder elsewhere"
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+        return (
+            f"the cache cannot be written ({error.strerror}: {error.filename}); "
+            "set HF_HOME to a folder that you may write to"
+        )
+    if _is_offline(error):
+        return (
+            "there is no such folder, it is not in the cache, and the Hub cannot be reached "
+            f"({type(error).__name__}); check the connection, or give a folder"
+        )
+    reason = " ".join(str(error).split())[:200]
+    return f"the download failed ({type(error).__name__}: {reason}); try again, or give a folder"
