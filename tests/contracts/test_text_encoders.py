@@ -115,7 +115,7 @@ BAD: list[tuple[str, Change, str]] = [
     # SD 3
     ("sd3", gone("text_encoder_2"), "text_encoder_2/config.json is missing"),
     ("sd3", gone("text_encoder_3"), "text_encoder_3/config.json is missing"),
-    ("sd3", table(CONFIG, architectures=["CLIPTextModel"]),
+    ("sd3", table(CONFIG, architectures=["CLIPVisionModel"]),
      "expected clip_text_model, CLIPTextModelWithProjection"),
     ("sd3", table("tokenizer/tokenizer_config.json", model_max_length=50),
      "text encoders read 50 and 77 tokens: use parts of one model"),
@@ -129,7 +129,7 @@ BAD: list[tuple[str, Change, str]] = [
      "tokens 30 wide, the CLIPs 24 and 24: expected room for both"),
     # FLUX.1
     ("flux", gone("text_encoder_2"), "text_encoder_2/config.json is missing"),
-    ("flux", table(CONFIG, architectures=["CLIPTextModelWithProjection"]),
+    ("flux", table(CONFIG, architectures=["CLIPVisionModel"]),
      "expected clip_text_model, CLIPTextModel"),
     ("flux", gone("tokenizer_2"), "tokenizer_2 has no tokenizer: expected T5's"),
     ("flux", table(CONDITIONER, _class_name="flux_text", truncation="chunks"),

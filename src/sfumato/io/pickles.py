@@ -17,6 +17,8 @@ from torch import Tensor
 
 from sfumato.errors import UserError
 
+_NESTS = ("state_dict", "module")
+"""Entries of checkpoints that hold the weights: Lightning's, DeepSpeed's."""
 _HARMLESS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "argparse.")
 
 
@@ -84,7 +86,7 @@ def _reason(error: pickle.UnpicklingError) -> str:
 
 
 def state_dict(values: Mapping[str, Any], where: object) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint, from inside `state_dict` where it is nested.
+    """Return the tensors of a checkpoint, also from inside `state_dict` or `module`.
 
     Other values (steps, settings) are left out. Where the file has a running average beside the
     weights ("ema" and "model": DiT, SiT), the average is returned, which its authors sample with.
@@ -98,8 +100,8 @@ def state_dict(values: Mapping[str, Any], where: object) -> dict[str, Tensor]:
     """
     if isinstance(values.get("ema"), Mapping) and isinstance(values.get("model"), Mapping):
         values = values["ema"]
-    while isinstance(values.get("state_dict"), Mapping):
-        values = values["state_dict"]
+    while nested := [k for k in _NESTS if isinstance(values.get(k), Mapping)]:
+        values = values[nested[0]]
     tensors = {str(k): v for k, v in values.items() if isinstance(v, Tensor)}
     if not tensors:
         keys = ", ".join(sorted(map(str, values))[:6]) or "none"

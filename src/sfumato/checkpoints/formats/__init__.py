@@ -8,13 +8,15 @@ folder        a model's folder in diffusers' layout
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import RawCheckpoint
 from sfumato.checkpoints.formats.folded import is_folded
 from sfumato.checkpoints.formats.gguf import is_gguf, read_gguf
 from sfumato.checkpoints.lazy_tensor import apply_scales, from_tensors
-from sfumato.errors import UserError
+from sfumato.errors import UserError, explained
 from sfumato.io.atomic import open_tensors
+from sfumato.io.key_marks import require_unquantized, unwrapped
 from sfumato.io.pickles import read_pickle, state_dict
 from sfumato.io.safetensors import scale_keys
 
@@ -35,8 +37,8 @@ def open_file(
         mapped: True where every tensor must be a view of the file, to be streamed.
 
     Raises:
-        UserError: a file that is missing, damaged or of another kind, a pickle that would run code,
-            or a file that cannot be streamed where it must be.
+        UserError: a file that is missing, damaged, quantised or of another kind, a pickle that
+            would run code, or a file that cannot be streamed where it must be.
     """
     if mapped and path.suffix in PICKLES:
         raise UserError(
@@ -55,15 +57,24 @@ def open_file(
 def _open(path: Path, dtype: torch.dtype) -> RawCheckpoint:
     if path.suffix in SAFE:
         tensors, metadata = open_tensors(path)
+        require_unquantized(tensors, path)
         mapped = not scale_keys({key: tensor.dtype for key, tensor in tensors.items()})
-        table = from_tensors(tensors)
+        table = from_tensors(_unwrapped(tensors, path))
         table = table if is_folded(metadata) else apply_scales(table)
         return RawCheckpoint(table, metadata, path, mapped)
     if path.suffix in PICKLES:
         values = read_pickle(path)
         step = values.get("global_step")
         metadata = {"global_step": str(step)} if isinstance(step, int) else {}
-        return RawCheckpoint(from_tensors(state_dict(values, path)), metadata, path, mapped=False)
+        weights = state_dict(values, path)
+        require_unquantized(weights, path)
+        table = from_tensors(_unwrapped(weights, path))
+        return RawCheckpoint(table, metadata, path, mapped=False)
     if path.suffix == ".gguf" or is_gguf(path):
         return RawCheckpoint(read_gguf(path, dtype).tensors, {}, path, mapped=False)
     raise UserError(f"{path}: expected a file that ends in {', '.join((*SAFE, *PICKLES, '.gguf'))}")
+
+
+def _unwrapped(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    with explained(path):
+        return unwrapped(tensors)

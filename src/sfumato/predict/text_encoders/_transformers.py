@@ -6,6 +6,7 @@ are. T5-XXL is 4.8 billion numbers, of which a second copy would not fit.
 
 import copy
 import json
+import logging
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import NumericalError, UserError, explained, quoted, usable_device
 from sfumato.io.atomic import hash_json, read_table, write_json, write_tensors
+from sfumato.io.key_marks import require_unquantized_config
 from sfumato.io.safetensors import (
     check_keys,
     find_weights,
@@ -26,14 +28,29 @@ from sfumato.io.safetensors import (
 )
 from sfumato.validate import whole_number
 
+log = logging.getLogger("sfumato")
+
 STEM, PICKLED = "model", "pytorch_model"
 """Names of files of weights, without shard and variant: see `sfumato.io.safetensors`."""
 ANY = (Exception,)
 """Errors of the libraries about a file's values: of many kinds, some mere `Exception`."""
-IGNORED_FIELDS = set(
+GENERATION_FIELDS = set(
+    "add_cross_attention bad_words_ids begin_suppress_tokens cross_attention_hidden_size "
+    "decoder_start_token_id diversity_penalty do_sample early_stopping "
+    "encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task "
+    "forced_bos_token_id forced_eos_token_id "
+    "is_decoder is_encoder_decoder length_penalty max_length min_length no_repeat_ngram_size "
+    "num_beam_groups num_beams num_return_sequences output_scores prefix pruned_heads "
+    "remove_invalid_values repetition_penalty return_dict_in_generate sep_token_id "
+    "suppress_tokens temperature tf_legacy_loss tie_encoder_decoder tie_word_embeddings "
+    "tokenizer_class top_k top_p torchscript typical_p use_bfloat16".split()
+)
+"""Fields of every config that transformers 4 wrote, about the generation of text."""
+IGNORED_FIELDS = GENERATION_FIELDS | set(
     "architectures dtype torch_dtype transformers_version return_dict output_hidden_states "
     "output_attentions use_cache initializer_range attention_dropout dropout id2label label2id "
-    "problem_type chunk_size_feed_forward task_specific_params output_past".split()
+    "quantization_config problem_type chunk_size_feed_forward task_specific_params "
+    "output_past".split()
 )
 """Fields of transformers' configs that change no state in inference."""
 
@@ -251,10 +268,30 @@ def load_network(
     """
     path = folder / "config.json"
     values = read_table(path)
+    require_unquantized_config(values, path)
     files = find_weights(folder, STEM, variant, PICKLED)
     tensors = read_weights(files)
     file = files[0] if len(files) == 1 else folder
     return build(values, tensors, dtype, path, file, lambda: looked_at(files, tensors, dtype))
+
+
+def without_heads(
+    tensors: Mapping[str, Tensor], heads: tuple[str, ...], where: object
+) -> dict[str, Tensor]:
+    """Leave out the weights of heads and other halves, which are not run; the log names them.
+
+    Args:
+        tensors: Weights by the names that files have.
+        heads: Beginnings of the names to leave out.
+        where: The file, for the log.
+    """
+    kept = {key: tensor for key, tensor in tensors.items() if not key.startswith(heads)}
+    if left := sorted({head for head in heads for key in tensors if key.startswith(head)}):
+        count = len(tensors) - len(kept)
+        log.warning(
+            "%s: left out %d weights that are not used (%s*)", where, count, "*, ".join(left)
+        )
+    return kept
 
 
 def build_network(

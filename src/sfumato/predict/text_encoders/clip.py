@@ -31,6 +31,7 @@ from sfumato.predict.text_encoders._transformers import (
     check_tokenizer,
     load_network,
     open_tokenizer,
+    without_heads,
 )
 from sfumato.predict.text_encoders.base import Encoder, require_transformers
 from sfumato.validate import number_in
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 CLASSES = {False: "CLIPTextModel", True: "CLIPTextModelWithProjection"}
 """The network's class, by whether it has a projection."""
 PREFIX = "text_model."
+VISION_HEADS = ("vision_model.", "visual_projection.", "logit_scale")
+"""Beginnings of the names of a whole CLIP's other weights."""
 POSITIONS = "embeddings.position_ids"
 """0, 1, 2 ...: a key of old files, not a weight."""
 LEGACY_END = 2
@@ -237,10 +240,11 @@ def build_clip(
 ) -> Any:
     """The network of a config and its weights.
 
-    It is built without weights and then filled: transformers would draw missing ones at random.
+    It is built without weights and then filled: transformers would draw missing ones at random. A
+    projection that is not asked for and the vision half of a whole CLIP are left out.
 
     Args:
-        values: The config.
+        values: The config, of a text encoder with a projection or without, or of a whole CLIP.
         tensors: Weights by names with or without `PREFIX`.
         projected: Whether the network has a projection.
         dtype: Of the weights; None leaves them as stored, to be streamed.
@@ -255,7 +259,8 @@ def build_clip(
     """
     import transformers
 
-    check_class(values, path, "clip_text_model", CLASSES[projected])
+    values = _text_config(values)
+    check_class(values, path, "clip_text_model", CLASSES[projected], CLASSES[not projected])
     check_fields(values, transformers.CLIPTextConfig, {"model_type"}, path, "a CLIP text encoder")
 
     def build() -> Any:
@@ -267,9 +272,10 @@ def build_clip(
         embeddings.register_buffer("position_ids", positions, persistent=False)
         return model
 
+    heads = VISION_HEADS if projected else (*VISION_HEADS, "text_projection.")
     weights = {
         key.removeprefix(PREFIX): tensor
-        for key, tensor in tensors.items()
+        for key, tensor in without_heads(tensors, heads, file).items()
         if not key.endswith(POSITIONS)
     }
     return build_network(
@@ -282,6 +288,14 @@ def build_clip(
         lambda: dtype is None or check_files(),
         PREFIX,
     )
+
+
+def _text_config(values: dict[str, Any]) -> dict[str, Any]:
+    """The config of the text half of a whole CLIP; other configs as they are."""
+    inner = values.get("text_config")
+    if values.get("model_type") != "clip" or not isinstance(inner, dict):
+        return values
+    return {**inner, "model_type": "clip_text_model", "architectures": None}
 
 
 def _check_config(config: Any) -> None:

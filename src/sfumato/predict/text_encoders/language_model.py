@@ -45,6 +45,8 @@ BASES = {"qwen3": "Qwen3Model"}
 PREFIX = "model."
 CONFIGS = {"mistral3": "Mistral3Config", "qwen3": "Qwen3Config"}
 HEAD = "lm_head.weight"
+COMPUTED = ".rotary_emb.inv_freq"
+"""End of the names of a buffer of old files that follows from the config."""
 NAMES = (
     ("language_model.model.", "model.language_model."),
     ("language_model.lm_head.", "lm_head."),
@@ -53,7 +55,7 @@ NAMES = (
 )
 """Prefixes of Mistral 3's weights in files, and in transformers since version 4.52."""
 IGNORED_FIELDS = set(
-    "rope_theta rope_scaling bos_token_id eos_token_id pad_token_id tie_word_embeddings "
+    "rope_theta rope_scaling bos_token_id eos_token_id pad_token_id "
     "vision_feature_layer is_composition".split()
 )
 """Fields of older configs, which transformers converts, and fields without effect on text."""
@@ -332,7 +334,8 @@ def build_language_model(
         embed = f"{PREFIX}language_model.embed_tokens.weight"
         weights = {_renamed(key, NAMES): tensor for key, tensor in tensors.items()}
     elif embed.removeprefix(PREFIX) in tensors:
-        weights = {PREFIX + key: tensor for key, tensor in tensors.items()}
+        weights = {key if key == HEAD else PREFIX + key: t for key, t in tensors.items()}
+    weights = {key: tensor for key, tensor in weights.items() if not key.endswith(COMPUTED)}
 
     def build() -> Any:
         config = getattr(transformers, CONFIGS[kind]).from_dict(values)

@@ -31,6 +31,7 @@ from sfumato.predict.text_encoders._transformers import (
     check_tokenizer,
     load_network,
     open_tokenizer,
+    without_heads,
 )
 from sfumato.predict.text_encoders.base import SequenceEncoder, require_transformers
 from sfumato.validate import number_in, whole_number
@@ -39,7 +40,7 @@ CLASS = "T5EncoderModel"
 SHARED, EMBED = "shared.weight", "encoder.embed_tokens.weight"
 """One table of tokens under two names; files have either, or both."""
 SPIECE = "spiece.model"
-IGNORED_FIELDS = {"decoder_start_token_id", "tie_word_embeddings", "n_positions", "bos_token_id"}
+IGNORED_FIELDS = {"n_positions", "bos_token_id"}
 """Fields of configs that change nothing in the encoder."""
 
 
@@ -150,7 +151,7 @@ def build_t5(
     """
     import transformers
 
-    check_class(values, path, "t5", CLASS, "T5ForConditionalGeneration")
+    check_class(values, path, "t5", CLASS, "T5ForConditionalGeneration", "T5Model")
     check_fields(values, transformers.T5Config, IGNORED_FIELDS, path, "a T5 text encoder")
 
     def build() -> Any:
@@ -158,13 +159,10 @@ def build_t5(
         _check_config(config)
         return transformers.T5EncoderModel(config)
 
-    weights = {
-        key: tensor
-        for key, tensor in tensors.items()
-        if not key.startswith(("decoder.", "lm_head.")) and key != EMBED
-    }
-    if SHARED not in weights and EMBED in tensors:
-        weights[SHARED] = tensors[EMBED]
+    weights = without_heads(tensors, ("decoder.", "lm_head."), file)
+    embed = weights.pop(EMBED, None)
+    if SHARED not in weights and embed is not None:
+        weights[SHARED] = embed
 
     def dtype_of(key: str) -> torch.dtype | None:
         overflows = dtype == torch.float16 and key.endswith(".DenseReluDense.wo.weight")
