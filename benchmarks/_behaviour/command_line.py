@@ -248,8 +248,9 @@ def _rest(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
 
     def info(model: str | Path) -> Any:
         facts = json.loads(commands.sfumato("info", model, "--json"))
-        facts.pop("memory", None)
-        return [facts["hash"], facts["class_names"], facts["latent"], Notes(facts)]
+        for name in ("memory", "hash"):  # older code printed the hash without being asked
+            facts.pop(name, None)
+        return [facts["class_names"], facts["latent"], Notes(facts)]
 
     def evaluate() -> Any:
         few = [

@@ -5,7 +5,7 @@ image --compress--> z --diffuse--> x_t --predict--> (x0, eps) --diffuse back--> 
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from sfumato.diffuse.run import SeededNoise, Step, check_finite, run_sampler
 from sfumato.diffuse.samplers import get_sampler
 from sfumato.errors import NumericalError, UserError, usable_device
 from sfumato.images import composite, to_pil, to_tensor
+from sfumato.inference import pieces
 from sfumato.inference.offload.model import (
     conditioner_state,
     denoiser_streamer,
@@ -55,7 +56,7 @@ from sfumato.sampling.request import Defaults, Prompt, Request, RequestFields
 from sfumato.sampling.run import append_distilled_guidance, plan_coroutine
 from sfumato.saving import save_model
 from sfumato.types import Conditioning, ImageSpec, Prediction
-from sfumato.validate import one_of, positive_int
+from sfumato.validate import one_of
 
 Output = Literal["pil", "tensor", "latent"]
 OUTPUTS = ("pil", "tensor", "latent")
@@ -170,8 +171,21 @@ class LatentDiffusion:
         if bottom or right:  # the last cells cover more than the image: its edge is repeated there
             pixels = F.pad(pixels, (0, right, 0, bottom), mode="replicate")
         resident = denoiser_streamer(self) is None
+        way = pieces.encoding_of(self, shape[1:], len(pixels))
+        noises = [None] * len(pixels) if noise is None else noise.split(way.images)
         with torch.inference_mode():
-            z = encode_in_range(self.autoencoder, pixels.to(self.device), noise, retry=resident)
+            z = torch.cat(
+                [
+                    encode_in_range(
+                        self.autoencoder,
+                        part.to(self.device),
+                        draw,
+                        retry=resident,
+                        strips=way.name == "exact",
+                    )
+                    for part, draw in zip(pixels.split(way.images), noises, strict=False)
+                ]
+            )
         check_finite(z, f"compress, with the autoencoder in {_name(self.autoencoder.dtype)}")
         # a plain tensor, which training can use: those of inference mode cannot be saved for a
         # gradient
@@ -233,7 +247,8 @@ class LatentDiffusion:
         Raises:
             NumericalError: For NaN or infinity, in float32 too.
         """
-        return to_pil(self._decode(z.to(self.device)))
+        check_latent(self.autoencoder.space, z)
+        return [image for part in self._decode(z.to(self.device)) for image in to_pil(part)]
 
     # ---- the main job ----------------------------------------------------------------------------
 
@@ -254,7 +269,7 @@ class LatentDiffusion:
                 3, H, W) in [0, 1]; "latent": (n, C, h, w).
             on_step: Called after each network call; cancels the run by returning False (no images
                 then).
-            batch: Largest number of rows in a forward pass.
+            batch: Largest number of rows in a forward pass; None: as many as fit into memory.
             **fields: Any other field of `Request`: n, steps, sampler, guidance, seed, height ...
 
         Returns:
@@ -299,7 +314,7 @@ class LatentDiffusion:
             output: As for `generate`.
             on_step: Called as on_step(k, step) after each network call of request k; cancels that
                 request by returning False.
-            batch: Largest number of rows in a forward pass.
+            batch: Largest number of rows in a forward pass; None: as many as fit into memory.
 
         Returns:
             For each request the result of `generate` alone, bit for bit.
@@ -340,7 +355,7 @@ class LatentDiffusion:
         Args:
             plan: Made by this model's `plan`, or by a task.
             on_step: Called after each network call; cancels the run by returning False.
-            batch: Largest number of rows in a forward pass.
+            batch: Largest number of rows in a forward pass; None: as many as fit into memory.
 
         Returns:
             (n, C, h, w), standardised; no rows where the run was cancelled.
@@ -365,12 +380,35 @@ class LatentDiffusion:
         if output == "latent":
             # a plain tensor: those of inference mode cannot be saved for a gradient
             return latents.clone()
-        image = self._decode(latents, plan.request.decoding)[:, :, : plan.height, : plan.width]
-        if plan.request.composite is not None and len(image):
-            image = composite(image, *plan.request.composite)
-        if output == "pil":
-            return to_pil(image)
-        return (image.expand(-1, 3, -1, -1) if image.shape[1] == 1 else image).add(1).div(2)
+        images: list[Any] = []
+        begin = 0
+        for image in self._decode(latents, plan.request.decoding):
+            image, rows = image[:, :, : plan.height, : plan.width], slice(begin, begin + len(image))
+            if plan.request.composite is not None and len(image):
+                original, mask = (p if len(p) == 1 else p[rows] for p in plan.request.composite)
+                image = composite(image, original, mask)
+            begin += len(image)
+            if output == "pil":
+                images += to_pil(image)
+            else:
+                grey = image.shape[1] == 1
+                images.append((image.expand(-1, 3, -1, -1) if grey else image).add(1).div(2))
+        return images if output == "pil" else torch.cat(images)
+
+    def fitted(self, plan: Plan) -> Plan:
+        """Decide how a plan's images are decoded, before it is run.
+
+        Args:
+            plan: Made by this model's `plan`, or by a task.
+
+        Returns:
+            The plan with "whole" or "exact" in place of decoding "auto".
+
+        Raises:
+            UserError: Where a streamed model's memory has no room, with the least that has.
+        """
+        way = pieces.check_decoding(self, plan)
+        return replace(plan, request=replace(plan.request, decoding=way.name))
 
     def settings(self, **fields: Any) -> dict[str, Any]:
         """The settings of a run, with the model's defaults where a field is missing or None.
@@ -468,15 +506,14 @@ class LatentDiffusion:
         on_step: Callable[[int, Step], bool | None] | None,
     ) -> list[Float[Tensor, "B C h w"]]:
         """The latents of each plan; no rows where `on_step` cancelled it."""
-        if batch is not None:
-            positive_int("batch", batch, unit="rows in a forward pass")
+        rows = pieces.rows_of(self, plans, batch)
         runs = [
             plan_coroutine(self, plan, None if on_step is None else partial(on_step, k))
             for k, plan in enumerate(plans)
         ]
         try:
             with adapted_threads():
-                latents = drive(gather(runs), partial(evaluate_calls, rows=batch))
+                latents = drive(gather(runs), partial(evaluate_calls, rows=rows))
         except NumericalError as error:
             dtype = next(self.denoiser.network.parameters()).dtype
             if dtype == torch.float32:
@@ -487,10 +524,15 @@ class LatentDiffusion:
             for z, plan in zip(latents, plans, strict=True)
         ]
 
-    def _decode(self, z: Tensor, decoding: str = "whole") -> Tensor:
-        """Decode to an image in [-1, 1], in float32 where half precision overflows."""
+    def _decode(self, z: Tensor, decoding: str = "auto") -> Iterator[Tensor]:
+        """Decode to images in [-1, 1] by pieces, in float32 where half precision overflows."""
         resident = denoiser_streamer(self) is None
-        return decode_in_range(self.autoencoder, z, _DECODE[decoding], retry=resident)
+        height, width = z.shape[2:]
+        way = pieces.decoding_of(self, (height, width), len(z), decoding)
+        for part in z.split(way.images):
+            yield decode_in_range(self.autoencoder, part, _DECODE[way.name], retry=resident)
+            if way.name == "exact":  # rows leave the pages of a layer's weights in memory
+                self.release()
 
     # ---- properties ------------------------------------------------------------------------------
 
@@ -523,8 +565,12 @@ class LatentDiffusion:
             weights.append(hash_tensors(conditioner_state(self.conditioner)))
         return hash_json([configs, to_scheduler_config(self.denoiser.process), weights])
 
-    def describe(self) -> dict[str, Any]:
-        """Parts, sizes and defaults, for `sfumato info`."""
+    def describe(self, hash: bool = True) -> dict[str, Any]:
+        """Parts, sizes and defaults, for `sfumato info`.
+
+        Args:
+            hash: With the hash, for which all weights are read.
+        """
         space, process, side = self.autoencoder.space, self.denoiser.process, self.sample_size
         networks = {"autoencoder": self.autoencoder, "denoiser": self.denoiser.network}
         networks |= {
@@ -533,7 +579,7 @@ class LatentDiffusion:
         }
         return {
             "name": self.name,
-            "hash": self.hash,
+            **({"hash": self.hash} if hash else {}),
             "parts": {
                 k: {"class": type(m).__name__, "parameters": sum(p.numel() for p in m.parameters())}
                 for k, m in networks.items()

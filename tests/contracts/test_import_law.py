@@ -55,6 +55,8 @@ LAW: dict[str, tuple[str, ...]] = {
     "inference": (*BOTTOM, "kernels", "nn"),
     # a whole model is offloaded by its conditioner's encoders
     "inference.offload.model": (*BOTTOM, "kernels", "nn", "inference", "predict", "sampling"),
+    # counts what the networks of a plan allocate
+    "inference.pieces": (*BOTTOM, *ACTS, "kernels", "nn", "inference", "sampling"),
     "compress": (*BOTTOM, "kernels", "nn", "inference"),
     "diffuse": BOTTOM,
     "diffuse.samplers": (*BOTTOM, "diffuse.schedule"),

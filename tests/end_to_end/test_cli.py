@@ -34,6 +34,7 @@ class StubPlan(dict[str, Any]):
     """A plan of a `StubModel`: its settings, and the fields of the request beside them."""
 
     spacing = "trailing"
+    request = Request(decoding="whole")
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -57,6 +58,7 @@ class StubModel:
     defaults = types.SimpleNamespace(steps=3, guidance=2.0)
     conditioner = Unconditional()
     training_data: ClassVar[dict[str, Any]] = {}
+    sample_size = 8
 
     def plan(self, request: Request) -> StubPlan:
         settings = {
@@ -73,6 +75,8 @@ class StubModel:
             for f in fields(Request)
             if (value := getattr(request, f.name)) != f.default or f.name in always
         }
+        if changed.get("decoding") == "whole":  # as without it
+            del changed["decoding"]
         return StubPlan(settings | changed)
 
     def describe(self) -> dict[str, Any]:
@@ -81,7 +85,16 @@ class StubModel:
     def optimized(self) -> "StubModel":
         return self
 
-    def run(self, plan: StubPlan, *, on_step: Callable[[object], bool | None]) -> list[Image.Image]:
+    def fitted(self, plan: StubPlan) -> StubPlan:
+        return plan
+
+    def run(
+        self,
+        plan: StubPlan,
+        *,
+        on_step: Callable[[object], bool | None],
+        batch: int | None,
+    ) -> list[Image.Image]:
         request = dict(plan)
         self.requests.append(request)
         prompt, n, seed = (request[name] for name in ("prompt", "n", "seed"))
@@ -111,6 +124,7 @@ def stub(monkeypatch: pytest.MonkeyPatch, working_folder: Path) -> Iterator[dict
     models = {"fashion": StubModel(), "other": StubModel("b" * 64)}
     module = types.ModuleType("sfumato.loading")
     module.load = lambda name: models[name]  # type: ignore[attr-defined]
+    module.open_model = lambda name, options: models[name]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sfumato.loading", module)
     threads = torch.get_num_threads()
     yield models
@@ -564,9 +578,9 @@ def test_info_prints_the_description_of_the_model(
         "class_names": ["boot", "bag"],
     }
     stub["folder"] = types.SimpleNamespace(
-        hash="e" * 64, class_names=("boot", "bag"), describe=lambda: facts
+        hash="e" * 64, class_names=("boot", "bag"), describe=lambda hash: facts
     )
-    assert run("info", "folder") == 0
+    assert run("info", "folder", "--hash") == 0
     out = capsys.readouterr().out
     for words in (
         "1,234,567",
@@ -593,7 +607,7 @@ def test_info_names_classes_where_they_are_few(
     names = [f"kind{k}" for k in range(count)]
     Path("folder").mkdir()
     stub["folder"] = types.SimpleNamespace(
-        hash="e" * 64, class_names=tuple(names), describe=lambda: {"class_names": names}
+        hash="e" * 64, class_names=tuple(names), describe=lambda hash: {"class_names": names}
     )
     assert run("info", "folder") == 0
     out = capsys.readouterr().out
@@ -713,6 +727,8 @@ def test_weights_are_packed_where_steps_are_enough_to_pay_for_it(
     model, packed = StubModel(), StubModel()  # whose own steps are 3
     monkeypatch.setattr(model, "optimized", lambda: packed)
     monkeypatch.setattr("sfumato.loading.load", lambda source: model)
-    assert _options.RunOptions().load_for_sampling("somewhere", steps) is (
-        packed if packs else model
-    )
+    load = _options.RunOptions().load_for_sampling
+    assert load("somewhere", steps) == ((packed, True) if packs else (model, False))
+    for pack in (True, False):  # as an image was drawn before
+        expected = (packed, True) if pack else (model, False)
+        assert load("somewhere", steps, pack=pack) == expected

@@ -12,30 +12,25 @@ keeps are not included.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import finalize
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sfumato.checkpoints.checkpoint import class_of
 from sfumato.checkpoints.formats.folder import STEM, TEXT_PICKLED, TEXT_STEM, read_index
 from sfumato.compress.base import Autoencoder
+from sfumato.decode.memory import decode_bytes
 from sfumato.errors import WRONG, UserError
 from sfumato.io import host_memory
 from sfumato.io.atomic import DTYPE_CODES, open_tensors, read_table
 from sfumato.io.safetensors import find_weights
 from sfumato.predict.networks.base import Network
-from sfumato.predict.networks.unet import UNet, UNetConfig
-from sfumato.types import Conditioning
+from sfumato.predict.step_memory import step_bytes
 
 STEMS = ((STEM, None), (TEXT_STEM, TEXT_PICKLED))
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -49,8 +44,6 @@ PREFIXES = {
 """Prefixes of parts in single files in the original layouts."""
 DENOISERS, AUTOENCODERS = ("unet", "transformer", "prior"), ("vae", "vqvae")
 WIDTHS = {torch.float32: 4, torch.bfloat16: 2}
-TOKENS = {"unet": 77, "transformer": 512}
-"""Number of text tokens: CLIP's, and the usual maximum of T5."""
 
 
 @dataclass(frozen=True)
@@ -138,122 +131,7 @@ def _part(tensors: Mapping[str, Tensor]) -> Part:
     )
 
 
-# ---- runs ----------------------------------------------------------------------------------------
-
-
-class _Counting(TorchDispatchMode):
-    """Counts the bytes of tensors that live at the same time; `most` is their maximum.
-
-    Tensors that exist before are not counted.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now, self.most = 0, 0
-        self._users: dict[int, int] = {}
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        inputs = {
-            t.untyped_storage()._cdata
-            for t in tree_leaves((args, kwargs or {}))
-            if isinstance(t, Tensor)
-        }
-        outputs = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(outputs):
-            if isinstance(tensor, Tensor):
-                self._add(tensor, inputs)
-        return outputs
-
-    def _add(self, tensor: Tensor, inputs: set[int]) -> None:
-        storage, size = tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes()
-        if storage in inputs and storage not in self._users:  # a view of an earlier tensor
-            return
-        if storage not in self._users:
-            self.now += size
-            self.most = max(self.most, self.now)
-        self._users[storage] = self._users.get(storage, 0) + 1
-        finalize(tensor, self._remove, storage, size)
-
-    def _remove(self, storage: int, size: int) -> None:
-        self._users[storage] -= 1
-        if not self._users[storage]:
-            del self._users[storage]
-            self.now -= size
-
-
-class _Fused(TorchFunctionMode):
-    """Attention without a table of scores, as in fused kernels."""
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            q, _, v = args[:3]
-            return q.new_empty((*q.shape[:-1], v.shape[-1]))
-        return func(*args, **(kwargs or {}))
-
-
-def counted(run: Callable[[], object]) -> int:
-    """Return the most bytes of tensors that live at once while `run` runs on the meta device."""
-    with torch.inference_mode(), torch.device("meta"), _Fused(), _Counting() as counting:
-        _ = run()
-    return counting.most
-
-
-def step_bytes(network: Network, side: int, rows: int = 2) -> int:
-    """Return the bytes that one call of a network on the meta device allocates.
-
-    Args:
-        network: on the meta device.
-        side: of the latents, in cells.
-        rows: size of the batch.
-    """
-    dtype = next(network.parameters()).dtype
-    x = torch.empty(rows, network.in_channels, side, side, dtype=dtype, device="meta")
-    cond = _conditions(network, rows, dtype)
-    return x.nbytes + counted(lambda: network(x, torch.empty(rows, device="meta"), cond))
-
-
-def _conditions(network: Network, rows: int, dtype: torch.dtype) -> Conditioning:
-    """Return the tokens and the vector that a network's config determines."""
-    wide, count = network.token_width, TOKENS[network.part]
-    width = max(wide) if isinstance(wide, tuple) else wide
-    tokens = None if width is None else torch.empty(rows, count, width, dtype=dtype, device="meta")
-    vector = _sdxl_vector(network.config) if isinstance(network, UNet) else 0
-    vector = (vector or network.vector_width or network.classes or 0) + network.guidance_embeds
-    return Conditioning(tokens, vector=torch.empty(rows, vector, device="meta") if vector else None)
-
-
-def _sdxl_vector(config: UNetConfig) -> int:
-    """Return the width of a U-Net's vector, in which sizes are not yet sinusoidal features."""
-    total, each = config.projection_class_embeddings_input_dim, config.addition_time_embed_dim
-    if not total or not each:
-        return total or 0
-    # six sizes beside the pooled text, or five of SDXL's refiner
-    sizes = 6 if total - 6 * each > 0 and (total - 6 * each) % 256 == 0 else 5
-    return total + sizes - sizes * each
-
-
-def decode_bytes(autoencoder: Autoencoder, side: int) -> int:
-    """Return the bytes that decoding one latent on the meta device allocates.
-
-    Args:
-        autoencoder: on the meta device.
-        side: of the latent, in cells.
-    """
-    channels, dtype = autoencoder.space.channels, autoencoder.dtype
-    z = torch.empty(1, channels, side, side, dtype=dtype, device="meta")
-    return counted(lambda: autoencoder.reconstruct(z))
+# ---- runs --------------------------------------------------------------------------------------
 
 
 def running(path: Path, dtype: torch.dtype) -> dict[str, int]:
@@ -271,10 +149,10 @@ def running(path: Path, dtype: torch.dtype) -> dict[str, int]:
     sizes: dict[str, int] = {}
     with suppress(*WRONG):  # conditions that the config does not determine
         if network is not None:
-            sizes["step"] = step_bytes(network, side)
+            sizes["step"] = step_bytes(network, (side, side), rows=2)
     with suppress(*WRONG):
         if decoder is not None:
-            sizes["decode"] = decode_bytes(decoder, side)
+            sizes["decode"] = decode_bytes(decoder, (side, side))
     return sizes
 
 

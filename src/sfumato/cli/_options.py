@@ -124,6 +124,7 @@ FEW = 4
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PromptWeights = Literal["lerp", "comfyui", "a1111", "a1111_no_norm", "none"]
+Decoding = Literal["auto", "whole", "exact", "tiled"]
 
 
 def torch_dtype(name: str) -> "torch.dtype":
@@ -185,6 +186,10 @@ class RunOptions:
     """Device: cpu, cuda, cuda:1 ..."""
     memory: Annotated[str | None, unset("all weights in memory")] = None
     """Memory limit, such as 3GB: streams the weights, slower (needs: `sfumato info MODEL`)."""
+    batch: Annotated[int | None, unset("as many as fit into memory")] = None
+    """Largest batch of a network call. Images do not depend on it (in fp32, on the CPU)."""
+    decoding: Decoding = "auto"
+    """whole; exact: by rows, the same to rounding; tiled; auto: whole if --memory has room."""
 
     def load(self, source: str, transformer: Path | None = None) -> "LatentDiffusion":
         """Open a model with the dtype, device and memory of the options."""
@@ -199,18 +204,34 @@ class RunOptions:
         return load(source, **{name: value for name, value in options.items() if value is not None})
 
     def load_for_sampling(
-        self, source: str, steps: int | None, transformer: Path | None = None
-    ) -> "LatentDiffusion":
+        self,
+        source: str,
+        steps: int | None,
+        transformer: Path | None = None,
+        pack: bool | None = None,
+    ) -> "tuple[LatentDiffusion, bool]":
         """Open a model for `steps` steps (None: its own), with packed weights where that pays.
 
         Its hash, which PNG files record, is computed before weights are packed. Streamed weights
         are not packed.
+
+        Args:
+            source: The model.
+            steps: Number of steps.
+            transformer: File in place of the folder's.
+            pack: Pack weights or not, as for an image that is drawn again: results differ by
+                rounding. None: where that pays.
+
+        Returns:
+            The model, and whether weights are packed.
         """
         model = self.load(source, transformer)
-        if self.memory is not None or (model.defaults.steps if steps is None else steps) <= FEW:
-            return model
+        if pack is None:
+            pack = (model.defaults.steps if steps is None else steps) > FEW
+        if self.memory is not None or not pack:
+            return model, False
         _ = model.hash
-        return model.optimized()
+        return model.optimized(), True
 
     def request(self, model: "LatentDiffusion") -> "Request":
         """The request of the options that are named as its fields; opens its guide model."""

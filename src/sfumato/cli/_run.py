@@ -67,7 +67,7 @@ def check_options(
     """
     from sfumato.io.host_memory import parse_size
 
-    at_least(options, 1, "n", "steps", "threads")
+    at_least(options, 1, "n", "steps", "threads", "batch")
     n = options.n if isinstance(options.n, int) else 1
     seed_number("--seed", options.seed, n if by_seed else 1)
     if options.memory is not None:
@@ -121,19 +121,22 @@ def run_request(
         clock: Started with the command, before images are read.
         columns: Columns of the grid; None: square.
     """
+    from sfumato.sampling import Plan
+
     set_threads(options.threads)
     clock.lap("import")
-    model = options.load_for_sampling(options.model, options.steps, options.transformer)
+    model, packed = options.load_for_sampling(options.model, options.steps, options.transformer)
     clock.lap("load")
     request = options.request(model)
     # The settings of the plain request: a task may run another sampler, or other guidance.
     names = ("n", "steps", "sampler", "spacing", "guidance", "distilled_guidance", "prompt_weights")
     settings = model.settings(**{name: getattr(request, name) for name in names})
     plan = prepare(model, request)
+    plan = model.fitted(plan if isinstance(plan, Plan) else model.plan(plan))
     with sampling_progress(name, clock) as on_step:
-        images = model.run(plan, on_step=on_step)
+        images = model.run(plan, on_step=on_step, batch=options.batch)
     clock.lap("decode")
-    optional = ("prompt_2", "negative_prompt_2", "transformer", "dtype", "device")
+    optional = ("prompt_2", "negative_prompt_2", "transformer", "dtype", "device", "batch")
     parameters = {
         "task": name,
         "prompt": request.prompt,
@@ -143,6 +146,8 @@ def run_request(
         **settings,
         "height": images[0].height,
         "width": images[0].width,
+        "decoding": plan.request.decoding,
+        "packed": packed,
         **own,
         **provenance(options.model, model),
     }

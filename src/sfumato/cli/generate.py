@@ -9,12 +9,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import tyro
 
 from sfumato.cli._options import (
     MODELS,
+    Decoding,
     RunOptions,
     Seed,
     at_least,
@@ -45,13 +46,17 @@ if TYPE_CHECKING:
     from sfumato.sampling import Request
 
 
+MANY, SMALL = 16, 64
+"""Number of images that small models of classes draw, and their largest side in pixels."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Generate(RunOptions):
     """Generate images and write them as PNG, with their parameters inside."""
 
     prompt: tyro.conf.Positional[Annotated[str | None, unset("no prompt")]] = None
     """Prompt, or the name of a class (`sfumato info MODEL` lists them)."""
-    n: int = 16
+    n: Annotated[int | None, unset(f"1; {MANY} without text encoders, up to {SMALL} pixels")] = None
     """Number of images. Image k is drawn from seed + k."""
     timesteps: Annotated[tuple[float, ...], unset("of --steps and --spacing")] = ()
     """Timesteps to visit, falling from noise (1) to clean (0)."""
@@ -94,7 +99,7 @@ REQUIRED: dict[str, Kind] = {
     "grid": bool,
 }
 """Parameters of a PNG that make its request, with their types."""
-LATER: dict[str, Kind] = {"spacing": str, "timesteps": list}
+LATER: dict[str, Kind] = {"spacing": str, "timesteps": list, "decoding": str}
 """The same of parameters that the oldest PNG files lack, and that may be null."""
 OPTIONAL: dict[str, Kind] = {
     **dict.fromkeys(("transformer", "dtype", "device"), str),
@@ -104,6 +109,7 @@ OPTIONAL: dict[str, Kind] = {
     "variation_seed": int,
     "refiner": str,
     "handover": _NUMBER,
+    "batch": int,
 }
 """The same of parameters that are written only if they are set."""
 _OLD_PARAMETERS = {"learned_guidance": "distilled_guidance"}
@@ -137,7 +143,13 @@ def generate(arguments: Sequence[str]) -> None:
     set_threads(options.threads, previous.get("threads"))
     clock.lap("import")
     steps = max(len(options.timesteps) - 1, 1) if options.timesteps else options.steps
-    model = options.load_for_sampling(options.model, steps, options.transformer)
+    pack = previous.get("packed")
+    model, packed = options.load_for_sampling(
+        options.model, steps, options.transformer, pack if isinstance(pack, bool) else None
+    )
+    if options.n is None:
+        options = replace(options, n=_count(model, options))
+        base.files(options.n, several=not options.grid)
     if previous and same:
         _check_same_model(model, "model", options, previous)
     if previous and model.conditioner.prompt_weights == "lerp" and options.prompt_weights is None:
@@ -145,11 +157,19 @@ def generate(arguments: Sequence[str]) -> None:
         options = replace(options, prompt_weights="a1111")
     refiner = None
     if options.refiner is not None:
-        refiner = options.load_for_sampling(options.refiner, steps)
+        refiner, _ = options.load_for_sampling(options.refiner, steps, pack=packed)
         if previous.get("refiner") and same:
             _check_same_model(refiner, "refiner", options, previous)
+    request = _request(model, options)
+    guide = _hash_of_guide(request)
+    if guide is not None and same and previous.get("guide_model_hash", guide) != guide:
+        raise UserError(
+            f"the model that guidance {options.guidance} names is not the one that made "
+            f"{options.source}: the image would differ; put that model there, "
+            "or add --allow-other-model"
+        )
     clock.lap("load")
-    images, settings = _sample(model, refiner, options, clock)
+    images, settings = _sample(model, refiner, request, options, clock)
     parameters = {
         "prompt": options.prompt,
         "negative_prompt": options.negative_prompt,
@@ -158,7 +178,9 @@ def generate(arguments: Sequence[str]) -> None:
         "seed": options.seed,
         **settings,
         **recorded(options, list(OPTIONAL)),
+        "packed": packed,
         **({} if refiner is None else {"refiner_hash": refiner.hash}),
+        **({} if guide is None else {"guide_model_hash": guide}),
         **provenance(options.model, model),
     }
     if index is not None:
@@ -183,6 +205,12 @@ def _peak(device: str | None) -> str:
     return "an unknown size" if peak is None else readable_size(peak)
 
 
+def _count(model: "LatentDiffusion", options: Generate) -> int:
+    """Number of images where --n is not set: as many as are drawn at a glance."""
+    sides = (model.sample_size if s is None else s for s in (options.height, options.width))
+    return 1 if model.conditioner.encoders or max(sides) > SMALL else MANY
+
+
 def _check_same_model(
     model: "LatentDiffusion", role: str, options: Generate, previous: dict[str, Any]
 ) -> None:
@@ -199,11 +227,11 @@ def _check_same_model(
 def _sample(
     model: "LatentDiffusion",
     refiner: "LatentDiffusion | None",
+    request: "Request",
     options: Generate,
     clock: Clock,
 ) -> tuple[list["Image"], dict[str, Any]]:
     """The images, and the settings that made them, the model's defaults filled in."""
-    request = _request(model, options)
     with sampling_progress("sampling", clock) as on_step:
         plan = first = model.plan(request)
         if refiner is not None:
@@ -213,13 +241,25 @@ def _sample(
             same = replace(first, request=first.explicit_request())
             assert options.handover is not None
             plans = handover(model, refiner, same, at=options.handover)
-            plan = plans.resume(model.run(plans.first, output="latent", on_step=on_step))
+            latents = model.run(plans.first, output="latent", on_step=on_step, batch=options.batch)
+            plan = plans.resume(latents)
             if options.memory is not None:
                 model.release()
-        images = (refiner or model).run(plan, on_step=on_step)
+        last = refiner or model
+        plan = last.fitted(plan)
+        images = last.run(plan, on_step=on_step, batch=options.batch)
     clock.lap("decode")
     # The model may be tuned again: the PNG records its own times.
-    return images, {**first.to_json(), "timesteps": first.explicit_request().timesteps}
+    times = first.explicit_request().timesteps
+    return images, {**first.to_json(), "timesteps": times, "decoding": plan.request.decoding}
+
+
+def _hash_of_guide(request: "Request") -> str | None:
+    """Hash of the weaker model that guidance moves away from; None: there is none."""
+    from sfumato.model import LatentDiffusion
+
+    guide = request.guide_model
+    return guide.hash if isinstance(guide, LatentDiffusion) else None
 
 
 def _request(model: "LatentDiffusion", options: Generate) -> "Request":
@@ -255,6 +295,10 @@ def _recorded_options(previous: dict[str, Any], source: Path) -> Generate:
         raise UserError(f"the parameters in {source} name image {index!r} of {n}: {changed}")
     values = {k: previous[k] for k in (*REQUIRED, *LATER, *OPTIONAL) if k in previous}
     values["guidance"] = json.dumps(values["guidance"])
+    if values.setdefault("decoding", "whole") not in get_args(Decoding):
+        raise UserError(
+            f"the parameters in {source} name decoding {values['decoding']!r}: {changed}"
+        )
     values["timesteps"] = tuple(values.get("timesteps") or ())
     if values.get("transformer") is not None:
         values["transformer"] = Path(values["transformer"])
@@ -300,7 +344,7 @@ def _check(options: Generate) -> None:
             "the share of the first model"
         )
     if options.variation_seed is not None:
-        seed_number("--variation-seed", options.variation_seed, options.n)
+        seed_number("--variation-seed", options.variation_seed, options.n or 1)
     strength = options.variation_strength
     if strength is None:
         reason = " without --variation-strength: say how far to go there, 0.2 is a little"

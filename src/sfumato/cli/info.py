@@ -34,6 +34,8 @@ class Info:
     """Describe this machine instead of a model."""
     json: bool = False
     """JSON instead of a table."""
+    hash: bool = False
+    """The hash that PNG files record, too: reads all weights, else only headers are read."""
 
 
 def info(arguments: Sequence[str]) -> None:
@@ -49,16 +51,22 @@ def info(arguments: Sequence[str]) -> None:
         _print(facts if options.json else {**facts, CHECKS: _failures(facts[CHECKS])}, options.json)
         return
 
+    from sfumato.checkpoints.checkpoint import LoadOptions
     from sfumato.checkpoints.memory_estimate import report
-    from sfumato.loading import load
+    from sfumato.loading import load, open_model
 
     place = _place(options.model)
-    memory = None if place is None else report(place)  # before any weight is read
-    limit: dict[str, Any] = {}
-    if memory is not None and not memory["ways"].get("in memory, float32", {}).get("fits", True):
-        limit["memory"] = memory["machine"]["available"]
-    model = load(options.model, **limit)
-    facts: dict[str, Any] = {"model": options.model, "hash": model.hash, **model.describe()}
+    memory = None if place is None else report(place)
+    facts: dict[str, Any] = {"model": options.model}
+    if options.hash:
+        limit: dict[str, Any] = {}
+        fits = {} if memory is None else memory["ways"].get("in memory, float32", {})
+        if memory is not None and not fits.get("fits", True):
+            limit["memory"] = memory["machine"]["available"]
+        facts["hash"] = load(options.model, **limit).hash
+    # the weights stay in their files
+    model = open_model(options.model, LoadOptions(stored=True))
+    facts |= model.describe(hash=False)
     facts.setdefault("class_names", list(model.class_names))
     if memory is not None:
         facts["memory"] = memory if options.json else _in_words(memory)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sfumato.compress.base import Autoencoder
+from sfumato.decode.exact import exact_posterior
 from sfumato.errors import NumericalError
 
 LOG = logging.getLogger("sfumato")
@@ -54,6 +55,7 @@ def encode_in_range(
     image: Float[Tensor, "B C H W"],
     noise: Float[Tensor, "B c h w"] | None = None,
     retry: bool = True,
+    strips: bool = False,
 ) -> Float[Tensor, "B c h w"]:
     """Encode an image, in float32 where the autoencoder's own dtype overflows.
 
@@ -62,15 +64,24 @@ def encode_in_range(
         image: Pixels in [-1, 1], of any dtype.
         noise: Standard normal, for a draw from the posterior; None: its mean.
         retry: As for `decode_in_range`.
+        strips: Encode in strips, the same to rounding in less memory.
 
     Returns:
         Standardised latents, float32; not finite where the image or float32 itself is not.
     """
-    z = autoencoder.encode(image.to(autoencoder.dtype), noise).float()
+    z = _encode(autoencoder, image.to(autoencoder.dtype), noise, strips).float()
     if autoencoder.dtype == torch.float32 or not retry or torch.isfinite(z).all():
         return z
     LOG.warning(
         "the autoencoder's %s overflowed; encoding again in float32",
         str(autoencoder.dtype).removeprefix("torch."),
     )
-    return copy.deepcopy(autoencoder).float().encode(image.float(), noise)
+    return _encode(copy.deepcopy(autoencoder).float(), image.float(), noise, strips)
+
+
+def _encode(autoencoder: Autoencoder, image: Tensor, noise: Tensor | None, strips: bool) -> Tensor:
+    if not strips:
+        return autoencoder.encode(image, noise)
+    posterior = exact_posterior(autoencoder, image)
+    raw = posterior.mean if noise is None else posterior.sample(noise)
+    return autoencoder.space.standardise(raw)

@@ -60,6 +60,21 @@ def resident_bytes(peak: bool = False) -> int | None:
     return None
 
 
+def trim() -> None:
+    """Return free memory of the C library's heap to the system, where it can (glibc)."""
+    call = _malloc_trim()
+    if call is not None:
+        call(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return None
+
+
 def available_bytes() -> int | None:
     """Return the bytes that can be allocated without swapping; None where unavailable.
 

@@ -24,7 +24,7 @@ from sfumato.types import ImageSpec
 from sfumato.validate import number_in, one_of, positive_int, whole_number
 
 Prompt = str | None | Sequence[str | None]
-DECODINGS = ("whole", "exact", "tiled")
+DECODINGS = ("auto", "whole", "exact", "tiled")
 
 _OLD_DEFAULTS = {
     "learned_guidance": "distilled_guidance",
@@ -207,7 +207,8 @@ class Request:
             of `seed` (0) and of seeds[k] (1); image k's own seed is then `seed`, not seed + k.
         noise_offset: Number of draws of each image's noise to skip.
         decoding: "whole", "exact" (row by row: the same to rounding, about an eighth of the memory,
-            slower) or "tiled" (approximate).
+            slower), "tiled" (approximate), or "auto": whole, or exact where a streamed model's
+            memory has no room for it.
         distilled_guidance: Guidance scale of guidance-distilled models. For them a `guidance` that
             is given alone, as a number, sets this, and there is no second pass.
         reference_images: Latents (n or 1, C, k, l) of images that the network reads beside x.
@@ -243,7 +244,7 @@ class Request:
     prompt_mix: tuple[str | None, Sequence[float]] | None = None
     noise_mix: tuple[Sequence[int], Sequence[float]] | None = None
     noise_offset: int = 0
-    decoding: str = "whole"
+    decoding: str = "auto"
     distilled_guidance: float | None = None
     reference_images: tuple[Tensor, ...] | None = None
     prompt_weights: str | None = None

@@ -61,6 +61,9 @@ class MemoryBudget:
         device: the device that networks compute on.
     """
 
+    SHARE = 32
+    """One part of so many of the limit is left for differences between passes."""
+
     def __init__(self, limit: int, device: torch.device):
         self.limit, self.device = limit, device
         self.lock = threading.RLock()
@@ -81,10 +84,17 @@ class MemoryBudget:
     def spare(self) -> int:
         """Return the bytes that the peak leaves of the limit; negative above the limit.
 
-        1/32 of the limit is left for differences between passes.
+        One part in `SHARE` is left for differences between passes.
         """
         peak = self.peak()
-        return 0 if peak is None else self.limit - self.limit // 32 - peak
+        return 0 if peak is None else self.limit - self.limit // self.SHARE - peak
+
+    def free(self) -> int:
+        """Return the bytes that the limit leaves beside all that is no streamed weight."""
+        if self.device.type == "cpu":
+            host_memory.trim()
+        held = 0 if self.holder is None else self.holder.held
+        return self.limit - self.limit // self.SHARE - max((self.now() or 0) - held, 0)
 
     def turn(self, streamer: "WeightStreamer") -> bool:
         """Give a network the turn; the last holder releases its memory. False if it had it."""
@@ -92,6 +102,8 @@ class MemoryBudget:
             return False
         if self.holder is not None:
             self.holder.release()
+            if self.device.type == "cpu":
+                host_memory.trim()
         self.holder = streamer
         return True
 
@@ -101,6 +113,8 @@ class MemoryBudget:
             if self.holder is not None:
                 self.holder.release()
             self.holder = None
+            if self.device.type == "cpu":
+                host_memory.trim()
 
 
 class WeightStreamer:
@@ -175,6 +189,28 @@ class WeightStreamer:
         pages = max((sum(t.nbytes for t in tensors) for tensors in copied), default=0)
         pages = pages if self.memory.device.type == "cpu" else 0
         return self.window + self.ring_size + self._largest(mapped=False) + pages
+
+    @property
+    def held(self) -> int:
+        """Bytes of weights that are in memory, as far as is known, without resident ones."""
+        buffer = 0 if self.buffer is None else self.buffer.nbytes
+        layers = (x for x in self.layers if x.stays or x.kept is not None or x in self.done)
+        return buffer + sum(layer.size for layer in layers)
+
+    def make_room(self, size: int) -> None:
+        """Release other networks' weights, and own ones where feature maps need their memory.
+
+        Args:
+            size: bytes of feature maps of the coming passes.
+        """
+        with self.memory.lock:
+            # layers that rows pass through do not take it themselves
+            self._take_turn()
+            used = (self.memory.now() or 0) + size
+            if used > self.memory.limit - self.memory.limit // self.memory.SHARE:
+                self.memory.release()
+                for layer in self.layers:
+                    layer.stays = False
 
     def _place(self, module: nn.Module, own: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Make weights resident."""
