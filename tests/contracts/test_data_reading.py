@@ -526,3 +526,28 @@ def test_a_division_finds_the_same_images_again(
     assert "is not what the model was trained on" in log.text
     with pytest.raises(UserError, match="record of its training images is damaged"):
         Division.from_json({"source": "x", "images": 3, "identity": "", "held_out": "a-b"})
+
+
+def test_a_model_keeps_its_division_and_evaluate_uses_it(
+    tmp_path: Path, tiny: Path, log: pytest.LogCaptureFixture
+) -> None:
+    from dataclasses import replace
+
+    from sfumato import load
+    from sfumato.cli.evaluate import Evaluate, _images
+
+    fill(tmp_path / "p", *(f"{c}/{k}.png" for c in ("bag", "boot", "train") for k in range(5)))
+    reading = Reading("classes")
+    split = open_split(tmp_path / "p", 0.4, limit=12, size=8, reading=reading)
+    model = replace(load(tiny), training_data=split.division.to_json())
+    model.save(tmp_path / "model")
+    again = load(tmp_path / "model")
+    assert again.training_data == model.training_data and again.hash == model.hash
+    assert "training_data" not in json.loads((tiny / "model_index.json").read_text())["_sfumato"]
+    sets = _images(again, Evaluate("model", str(tmp_path / "p")))
+    for images, right in zip(sets, (split.training, split.held_out), strict=True):
+        assert images.rows.tolist() == right.rows.tolist()
+        assert images.class_names == ("bag", "boot", "train")
+    assert "those that the model's training held out" in log.text
+    anew = _images(again, Evaluate("model", str(tmp_path / "p"), held_out=0.2))
+    assert len(anew[1]) == 2, "an option divides them anew"

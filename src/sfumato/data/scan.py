@@ -62,8 +62,14 @@ class Tree:
         def inside(paths: Iterable[Path]) -> list[Path]:
             return [p for p in paths if p.is_relative_to(folder)]
 
-        files = map(inside, (self.images, self.sidecars, self.metadata, self.tables))
-        return Tree(folder, *files, [f for f in inside(self.folders) if f != folder])
+        return Tree(
+            folder,
+            inside(self.images),
+            inside(self.sidecars),
+            inside(self.metadata),
+            inside(self.tables),
+            [f for f in inside(self.folders) if f != folder],
+        )
 
     def report(self) -> None:
         """Log in one line the files that are left out, with their reasons."""

@@ -59,7 +59,7 @@ class Division:
     share: float = SHARE
     limit: int | None = None
     on_error: OnError = "raise"
-    reading: Mapping[str, str] | None = None
+    reading: Mapping[str, Any] | None = None
     held_out: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -349,7 +349,7 @@ def divide(
     if digests is not None:
         copies = np.unique(digests, axis=0, return_inverse=True)[1].reshape(-1)
     sizes = np.bincount(copies, minlength=1)
-    members = {k: np.flatnonzero(copies == k) for k in np.flatnonzero(sizes > 1)}
+    members = {k: np.flatnonzero(copies == k) for k in np.flatnonzero(sizes > 1).tolist()}
 
     def fits(group: np.ndarray) -> bool:
         taken = np.bincount(kinds[group] + 1, minlength=len(left))
@@ -360,8 +360,8 @@ def divide(
     for i in order.tolist():
         if len(held) == kept:
             break
-        group = members.get(copies[i], np.array([i]))
-        if i != group[0] and copies[i] in members and len(group) > 1:
+        group = members.get(int(copies[i]), np.array([i]))
+        if i != group[0]:  # its turn is that of the first copy
             continue
         if not fits(group):
             continue

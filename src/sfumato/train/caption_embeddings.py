@@ -129,9 +129,10 @@ def _read(path: Path | None) -> Conditioning | None:
     if path is None or not path.is_file():
         return None
     try:
-        table = Conditioning(**read_tensors(path))
-    except (UserError, TypeError):
+        tensors = read_tensors(path)
+    except UserError:
         return None
+    table = Conditioning(tensors.get("tokens"), tensors.get("mask"), tensors.get("vector"))
     logger.info("encoded captions are read from %s", path)
     return table
 
