@@ -94,7 +94,8 @@ def test_files_with_scales_are_read(name: str) -> None:
         "c.weight": half,
         **beside,
     }
-    table |= {"a.comfy_quant": torch.zeros(3, dtype=torch.uint8)}
+    mark = list(b'{"format": "float8_e4m3fn"}')
+    table |= {"a.comfy_quant": torch.tensor(mark, dtype=torch.uint8)}
     result = unscaled(table)
     assert result.keys() == {"a.weight", "a.bias", "b.weight", "c.weight"}
     assert (
@@ -111,6 +112,13 @@ def test_files_with_scales_are_read(name: str) -> None:
     # a scale of a tensor that is not in eight bits stays, to be refused
     other = unscaled({"c.weight": half, f"c.{name}": torch.ones(())})
     assert f"c.{name}" in other
+    for text, words in (
+        (b'{"format": "nvfp4"}', "format 'nvfp4' are not supported: expected float8_e4m3fn"),
+        (b"{}", "no mark of a quantised layer"),
+        (bytes(3), "no mark of a quantised layer"),
+    ):
+        with pytest.raises(UserError, match=rf"^a\.comfy_quant.* {words}"):
+            unscaled(table | {"a.comfy_quant": torch.tensor(list(text), dtype=torch.uint8)})
     with pytest.raises(UserError, match=r"a\.weight has two scales"):
         unscaled(table | {"a.scale_weight": torch.ones(()), "a.weight_scale": torch.ones(())})
 

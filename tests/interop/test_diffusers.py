@@ -265,6 +265,14 @@ UNETS: dict[str, dict[str, Any]] = {
         "only_cross_attention": True,
         "mid_block_only_cross_attention": False,
     },
+    "guidance scale": {**CROSS, "time_cond_proj_dim": 12},
+    "guidance scale, odd width, classes": {**CROSS, "time_cond_proj_dim": 7, "num_class_embeds": 4},
+    "guidance scale, SDXL": {
+        **CROSS3,
+        **SIZES,
+        "projection_class_embeddings_input_dim": 7 + 6 * 8,
+        "time_cond_proj_dim": 256,
+    },
     "inpainting channels": {**CROSS, "in_channels": 7, "out_channels": 3},
 }
 
@@ -306,8 +314,16 @@ def inputs(
     elif config.num_class_embeds:
         vector, class_labels = torch.eye(config.num_class_embeds)[labels], labels
     concat = normal(2, config.in_channels - 3, *size, seed=3) if config.in_channels > 3 else None
+    features = None
+    if config.time_cond_proj_dim:
+        scales = torch.tensor([8.5, 1.75])
+        features = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding(
+            None, scales - 1, config.time_cond_proj_dim
+        )
+        vector = torch.cat([*([vector] if vector is not None else []), scales[:, None]], 1)
     actual = Conditioning(tokens=tokens, mask=kept, vector=vector, concat=concat)
     peer = {
+        "timestep_cond": features,
         "encoder_hidden_states": tokens,
         "encoder_attention_mask": kept,
         "class_labels": class_labels,
@@ -477,6 +493,8 @@ def change_config(folder: Path, **values: Any) -> None:
         ("up_block_types", ["UpBlock2D"], "needs 2 down_block_types and 2 up_block_types"),
         ("out_channels", 4, "does not fit its config"),
         ("norm_num_groups", 0, "value of the wrong kind"),
+        ("time_cond_proj_dim", 3, "time_cond_proj_dim=3: expected a whole number of at least 4"),
+        ("time_cond_proj_dim", 256, "does not fit its config"),
     ],
 )
 def test_unsupported_unet_fields_are_refused(

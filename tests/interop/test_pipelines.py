@@ -14,12 +14,16 @@ import diffusers
 import pytest
 import torch
 from PIL import Image as pil
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from helpers import clip_encoders
 from helpers.models import randomised
 from helpers.pipelines import (
     FAMILIES,
     SCALED,
+    SCALED_LINEAR,
     assemble,
     assert_same_images,
     open_pipeline,
@@ -33,6 +37,7 @@ from helpers.pipelines import (
     vae_blocks,
     without_prompt_weights,
 )
+from helpers.tensors import equal_tensors
 from sfumato.cli import main
 from sfumato.cli._options import PromptWeights
 from sfumato.errors import UserError
@@ -384,6 +389,60 @@ def test_networks_that_need_more_inputs_name_them(folders: dict[str, Path]) -> N
         inpaint(load(folders["InstructPix2Pix"]), smooth_image() * 2 - 1, rectangle_mask())
 
 
+# ---- latent consistency models -------------------------------------------------------------------
+
+
+def lcm_pipeline(family: str) -> Any:
+    """A family's pipeline whose U-Net takes the guidance scale, with the published scheduler."""
+    pipe = tiny_pipeline(family)
+    config = {k: v for k, v in pipe.unet.config.items() if not k.startswith("_")}
+    config["time_cond_proj_dim"] = 256
+    unet = randomised(diffusers.UNet2DConditionModel(**config), 4, 0.05)
+    scheduler = diffusers.LCMScheduler(**SCALED_LINEAR, steps_offset=1)
+    pipe.register_modules(unet=unet, scheduler=scheduler)
+    if family != "SD 1":
+        return pipe
+    return quiet(
+        diffusers.LatentConsistencyModelPipeline(
+            **{**pipe.components, "image_encoder": None}, requires_safety_checker=False
+        )
+    )
+
+
+@pytest.mark.parametrize(("family", "scale"), [("SD 1", 8.5), ("SDXL", 5.0)])
+def test_latent_consistency_models_in_both_directions(
+    family: str, scale: float, tmp_path: Path
+) -> None:
+    """The guidance scale is an input of the U-Net: one call a step, by default and as given."""
+    pipe, prompts = lcm_pipeline(family), ["a red cat", "a dog"]
+    pipe.save_pretrained(tmp_path / "diffusers")
+    model = without_prompt_weights(load(tmp_path / "diffusers"))
+    defaults = model.defaults
+    assert (defaults.steps, defaults.guidance, defaults.distilled_guidance) == (4, 1.0, scale)
+    assert (defaults.sampler, defaults.spacing) == ("lcm", "lcm")
+    model.save(tmp_path / "sfumato")
+    model.save(tmp_path / "sfumato.safetensors")
+    for place in ("sfumato", "sfumato.safetensors"):
+        again = load(tmp_path / place)
+        assert again.hash == model.hash and again.defaults == defaults
+    peer = open_pipeline(tmp_path / "sfumato")
+    assert peer.unet.config.time_cond_proj_dim == 256
+    assert type(peer.scheduler).__name__ == "LCMScheduler"
+    expected = pipeline_images(pipe, prompts, num_inference_steps=4, guidance_scale=scale)
+    assert (
+        pipeline_images(peer, prompts, num_inference_steps=4, guidance_scale=scale) - expected
+    ).abs().max() < 1e-3
+    result = model.generate(prompts, output="tensor")
+    assert_same_images(result, expected)
+    for given in (1.0, 2.5, 0.0):
+        options = {"num_inference_steps": 2, "guidance_scale": given}
+        expected = pipeline_images(pipe, prompts, **options)
+        assert_same_images(
+            model.generate(prompts, steps=2, guidance=given, output="tensor"), expected
+        )
+        assert (expected - result).abs().max() > 1e-3, "the scale and the steps show"
+
+
 # ---- single files in the original layout ---------------------------------------------------------
 
 # Numbers of the layout, which its files do not hold: norms of 32 groups, 8 heads or heads 64
@@ -437,6 +496,78 @@ def original(family: str) -> Any:
         **levels, latent_channels=4, sample_size=SIDES[family] * 8, **scale
     )
     return assemble(family, **parts, unet=randomised(unet, 1, 0.05), vae=randomised(vae, 2, 0.05))
+
+
+def in_scaled_fp8(tensors: dict[str, Tensor], scale: str, mark: bytes = b"") -> dict[str, Tensor]:
+    """Matrices and convolutions in eight bits with a scale each, as ComfyUI has them."""
+    quantized: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        stem, _, last = key.rpartition(".")
+        if last != "weight" or value.ndim < 2 or key.endswith("embedding.weight"):
+            quantized[key] = value
+            continue
+        quantized[key] = (value * 16).to(torch.float8_e4m3fn)
+        quantized[f"{stem}.{scale}"] = torch.tensor(1 / 16)
+        if mark:
+            quantized[f"{stem}.comfy_quant"] = torch.tensor(list(mark), dtype=torch.uint8)
+    return quantized
+
+
+@pytest.mark.parametrize("family", ORIGINALS)
+def test_files_with_a_unet_in_scaled_fp8(family: str, tmp_path: Path) -> None:
+    """A whole file in eight bits, one with the U-Net alone in them, and a U-Net beside a folder."""
+    original(family).save_pretrained(tmp_path / "folder")
+    folder = load(tmp_path / "folder")
+    folder.save(tmp_path / "one.safetensors")
+    tensors = load_file(tmp_path / "one.safetensors")
+    with safe_open(tmp_path / "one.safetensors", "pt") as file:
+        metadata = file.metadata()
+    prefix = "model.diffusion_model."
+    unet = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    marked = in_scaled_fp8(unet, "weight_scale", b'{"format": "float8_e4m3fn"}')
+    marker = {"scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn)}
+    eights = in_scaled_fp8(unet, "scale_weight")
+    mixed = {prefix + k: v for k, v in (eights | marker).items()}
+    mixed |= {k: v for k, v in tensors.items() if not k.startswith(prefix)}
+    files = {
+        "whole": in_scaled_fp8(tensors, "scale_weight") | {f"{prefix}scaled_fp8": torch.empty(0)},
+        "mixed": mixed,
+        "alone": eights | marker,
+        "marked": {prefix + k: v for k, v in marked.items()},
+        "diffusers": in_scaled_fp8(
+            load_file(tmp_path / "folder/unet/diffusion_pytorch_model.safetensors"), "weight_scale"
+        ),
+    }
+    expected = {
+        key: (16 * value).to(torch.float8_e4m3fn).float() / 16
+        if key.endswith("weight") and value.ndim > 1
+        else value
+        for key, value in folder.denoiser.network.state_dict().items()
+    }
+    for name, content in files.items():
+        place = tmp_path / f"{name}.safetensors"
+        save_file(content, place, metadata if name in ("whole", "mixed") else None)
+        whole = name in ("whole", "mixed")
+        model = load(place) if whole else load(tmp_path / "folder", transformer=place)
+        assert equal_tensors(dict(model.denoiser.network.state_dict()), expected), name
+        assert model.denoiser.process == folder.denoiser.process
+        assert equal_tensors(
+            dict(model.autoencoder.state_dict()), dict(folder.autoencoder.state_dict())
+        ) == (name != "whole")
+    with pytest.raises(UserError, match=r"alone\.safetensors is of no known layout"):
+        load(tmp_path / "alone.safetensors")
+    alone = (
+        "heads of attention do not follow" if family == "SD 1" else "a U-Net alone: give a folder"
+    )
+    with pytest.raises(UserError, match=alone):
+        load(tmp_path / "marked.safetensors")
+    del marked["out.2.weight"]
+    save_file(marked, tmp_path / "damaged.safetensors")
+    with pytest.raises(UserError, match=r"out\.2\.weight"):
+        load(tmp_path / "folder", transformer=tmp_path / "damaged.safetensors")
+    save_file({"a.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="holds no U-Net"):
+        load(tmp_path / "folder", transformer=tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize("family", ORIGINALS)

@@ -624,7 +624,7 @@ def test_networks_that_do_not_belong(
             sfumato.load(base, transformer=tmp_path / f"{name}.safetensors")
     with pytest.raises(UserError, match="expected a model's folder"):
         sfumato.load(tmp_path / "sd3.safetensors", transformer=tmp_path / "sd3.safetensors")
-    with pytest.raises(UserError, match="a model with a U-Net"):
+    with pytest.raises(UserError, match="holds no U-Net"):
         sfumato.load("fashion", transformer=tmp_path / "sd3.safetensors")
     (base / "transformer" / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json is missing"):

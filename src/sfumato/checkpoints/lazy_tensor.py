@@ -4,6 +4,7 @@ They carry weights between files and models. Files larger than the memory are re
 and written one tensor at a time.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,8 +87,14 @@ def apply_scales(table: LazyTensors, dtype: torch.dtype = torch.bfloat16) -> dic
     Args:
         table: the tensors of a file; scales and what belongs to them are left out of the result.
         dtype: of the products. Weights without a scale keep their own.
+
+    Raises:
+        UserError: weights that ComfyUI's marks say are of another format.
     """
     beside = scale_keys({key: lazy.dtype for key, lazy in table.items()})
+    for key in beside:
+        if key.endswith(".comfy_quant"):
+            _check_mark(key, table[key].load())
 
     def multiply(key: str, lazy: LazyTensor) -> LazyTensor:
         scale = scale_of(key, table) if lazy.dtype in EIGHTS else None
@@ -96,6 +103,26 @@ def apply_scales(table: LazyTensors, dtype: torch.dtype = torch.bfloat16) -> dic
         return lazy.map(lambda weight: scaled(key, weight, table[scale].load(), dtype), dtype)
 
     return {key: multiply(key, lazy) for key, lazy in table.items() if key not in beside}
+
+
+def _check_mark(key: str, mark: Tensor) -> None:
+    """Check ComfyUI's mark of a quantised layer: JSON in bytes, with the format.
+
+    Raises:
+        UserError: a format without eight bits and one scale.
+    """
+    try:
+        kind = json.loads(bytes(mark.to(torch.uint8).tolist()))["format"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{key} is no mark of a quantised layer ({type(error).__name__}): "
+            "the file may be damaged; copy it again"
+        ) from error
+    if kind not in ("float8_e4m3fn", "float8_e5m2"):
+        raise UserError(
+            f"{key}: weights of format {kind!r} are not supported: expected float8_e4m3fn or "
+            "float8_e5m2 with scale_weight or weight_scale; use a file in bf16, fp16 or fp8"
+        )
 
 
 def unscaled(

@@ -147,7 +147,7 @@ class RunOptions:
     model: str = "fashion"
     """Bundled name, folder in the diffusers layout, single file or Hub id."""
     transformer: Annotated[Path | None, unset(MODELS)] = None
-    """File with a transformer (original, GGUF, fp8) in place of the model folder's."""
+    """File with a transformer or U-Net (original, GGUF, fp8) in place of the model folder's."""
     n: int = 1
     """Number of images. Image k is drawn from seed + k."""
     steps: Annotated[int | None, unset(MODELS)] = None

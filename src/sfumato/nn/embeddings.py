@@ -36,17 +36,48 @@ def sinusoidal(
     return torch.cat(pair, dim=-1)
 
 
-class TimestepEmbedding(nn.Module):
-    """Two linear layers with a SiLU between: (B, D) -> (B, E)."""
+def guidance_features(scale: Float[Tensor, " B"], width: int) -> Float[Tensor, "B D"]:
+    """Sinusoidal features of guidance scales for latent consistency models, float32.
 
-    def __init__(self, width: int, out_width: int, bias: bool = True):
+    They are those of 1000 (scale - 1), sines first, with shift 1: a scale of 1 is off, which is
+    w = 0 in the paper (Luo et al. 2023, arXiv:2310.04378, section 4.2; diffusers'
+    `get_guidance_scale_embedding`).
+
+    Args:
+        scale: Guidance scales.
+        width: At least 4; the last feature of an odd width is 0.
+    """
+    half = width // 2
+    # In the order of operations of training, for the reason given in `sinusoidal`.
+    step = torch.tensor(10000.0, device=scale.device).log() / (half - 1)
+    index = torch.arange(half, dtype=torch.float32, device=scale.device)
+    angle = (1000.0 * (scale.float() - 1))[:, None] * torch.exp(index * -step)
+    return F.pad(torch.cat([angle.sin(), angle.cos()], dim=-1), (0, width % 2))
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers with a SiLU between: (B, D) -> (B, E).
+
+    With `cond_width` the features of a condition are projected and added to the input.
+    """
+
+    def __init__(
+        self, width: int, out_width: int, bias: bool = True, cond_width: int | None = None
+    ):
         super().__init__()
         self.width = width
         self.linear_1 = batch_invariant.Linear(width, out_width, bias=bias)
+        self.cond_proj = None
+        if cond_width is not None:
+            self.cond_proj = batch_invariant.Linear(cond_width, width, bias=False)
         self.linear_2 = batch_invariant.Linear(out_width, out_width, bias=bias)
 
-    def forward(self, x: Float[Tensor, "B D"]) -> Float[Tensor, "B E"]:
-        """Embed features."""
+    def forward(
+        self, x: Float[Tensor, "B D"], cond: Float[Tensor, "B C"] | None = None
+    ) -> Float[Tensor, "B E"]:
+        """Embed features, and those of a condition."""
+        if self.cond_proj is not None and cond is not None:
+            x = x + self.cond_proj(cond)
         return self.linear_2(batch_invariant.silu(self.linear_1(x)))
 
     def embed(self, position: Float[Tensor, " N"], dtype: torch.dtype) -> Float[Tensor, "N E"]:

@@ -18,6 +18,7 @@ from sfumato.checkpoints.families._registry import (
     write,
 )
 from sfumato.checkpoints.families._transformer import FLOW, TransformerFamily, untold_latents
+from sfumato.checkpoints.families._unet import read_unet
 
 __all__ = [
     "AUTOENCODERS",
@@ -32,6 +33,7 @@ __all__ = [
     "by_pipeline",
     "candidates",
     "detect",
+    "read_unet",
     "registered",
     "untold_latents",
     "write",

@@ -44,7 +44,7 @@ from sfumato.checkpoints.lazy_tensor import LazyTensor, LazyTensors, from_tensor
 from sfumato.checkpoints.schedulers import betas
 from sfumato.checkpoints.shapes import Shapes
 from sfumato.checkpoints.tokenizers import pack_clip
-from sfumato.checkpoints.weight_map import with_prefix
+from sfumato.checkpoints.weight_map import check_sources, load_all, with_prefix
 from sfumato.diffuse.process import Process
 from sfumato.errors import UserError, explained
 from sfumato.predict.conditioners.base import Conditioner
@@ -279,6 +279,12 @@ class UNetFamily(Family):
 
     def require_whole(self, checkpoint: Checkpoint) -> None:
         """Raise `UserError` without a U-Net or an autoencoder."""
+        if checkpoint.components.keys() == {"unet"}:
+            raise UserError(
+                f"{checkpoint.path} holds a U-Net alone: give a folder with the other parts of its "
+                "model, and this as its network "
+                "(load(FOLDER, transformer=FILE), --transformer FILE)"
+            )
         if not {"unet", "vae"} <= checkpoint.components.keys():
             raise UserError(
                 f"{checkpoint.path} holds {' and '.join(checkpoint.components)}: "
@@ -395,6 +401,13 @@ class UNetFamily(Family):
             )
         return raw
 
+    def single_file(self, checkpoint: Checkpoint) -> RawCheckpoint | None:
+        """The file; None for a U-Net with a guidance scale, which has no original layout."""
+        unet = checkpoint.components.get("unet")
+        if unet is not None and unet.config.get("time_cond_proj_dim") is not None:
+            return None
+        return super().single_file(checkpoint)
+
     def _buffers(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         buffers: dict[str, Tensor] = {}
         vae, config = checkpoint.components.get("vae"), checkpoint.schedulers.get("scheduler")
@@ -437,6 +450,15 @@ class UNetFamily(Family):
 
     # ---- models ----------------------------------------------------------------------------------
 
+    def defaults(self, index: Config, learned_guidance: bool, scheduler: Config) -> dict[str, Any]:
+        """The pipeline's; of latent consistency models the guidance is the embedded scale."""
+        own = super().defaults(index, learned_guidance, scheduler)
+        if not learned_guidance:
+            return own
+        few = {"steps": 4} if scheduler.get("_class_name") == "LCMScheduler" else {}
+        scale = {"guidance": 1.0, "distilled_guidance": own.get("guidance", 7.5)}
+        return {**own, **few, **scale}
+
     def publishes(self, network: Network, conditioner: Conditioner, process: Process) -> bool:
         """True where the conditioner is of this family."""
         kind = self.conditioner_class
@@ -463,6 +485,37 @@ class UNetFamily(Family):
             return conditioner.index() | absent
         absent = _absent("safety_checker", "feature_extractor", "image_encoder")
         return {**conditioner.index(), **absent, "requires_safety_checker": False}
+
+
+def read_unet(raw: RawCheckpoint, config: Config) -> Component:
+    """The U-Net of a file by a known config; other parts of the file are ignored.
+
+    Args:
+        raw: A file with original names, with their prefix or without it, or with diffusers'.
+        config: In diffusers' fields.
+
+    Raises:
+        UserError: A file without a U-Net of this config.
+    """
+    if "conv_in.weight" in raw.tensors and "down_blocks.0.resnets.0.conv1.weight" in raw.tensors:
+        return Component(config, raw.tensors)
+    first = "input_blocks.0.0.weight"
+    prefix = next((p for p in (NETWORK, "") if p + first in raw.tensors), None)
+    if prefix is None:
+        shown = ", ".join(sorted(raw.tensors)[:4])
+        raise UserError(
+            f"{raw.path} holds no U-Net under its original names or diffusers' "
+            f"(its first keys: {shown})"
+        )
+    maps = with_prefix(unet_map(config), prefix)
+    others = (*AUTOENCODERS, TEXT, "conditioner.") if prefix == "" else ()
+    tensors = {
+        key: lazy
+        for key, lazy in raw.tensors.items()
+        if key.startswith(prefix) and not key.startswith(others) and not _BUFFERS.fullmatch(key)
+    }
+    check_sources(maps, tensors, raw.path)
+    return Component(config, load_all(maps, tensors, raw.path))
 
 
 def _absent(*parts: str) -> dict[str, Any]:

@@ -33,6 +33,7 @@ STANDARD = {
     "addition_embed_type": None,
     "addition_time_embed_dim": None,
     "projection_class_embeddings_input_dim": None,
+    "time_cond_proj_dim": None,
 }
 """Diffusers' fields that are the same for all files of the original layout with tokens."""
 PLAIN_STANDARD = {

@@ -88,6 +88,8 @@ def unet_map(config: Config, new_order: bool = False) -> Iterator[WeightMap]:
         UserError: A config that has no names in the original layout.
     """
     attending = _attending(config)
+    if config.get("time_cond_proj_dim") is not None:
+        raise unnamed(f"time_cond_proj_dim {config['time_cond_proj_dim']}", "null")
     by_block = is_plain(config) and any(_steps(config))
     widths = list(config["block_out_channels"])
     time, last = 4 * widths[0], len(widths) - 1

@@ -24,6 +24,7 @@ class Sd1(UNetFamily):
         "StableDiffusionPipeline": {},
         "StableDiffusionInpaintPipeline": {},
         "StableDiffusionInstructPix2PixPipeline": {"steps": 100},
+        "LatentConsistencyModel": {"steps": 4, "guidance": 8.5},
     }
 
     def fits(self, unet: Config, components: Components) -> bool:

@@ -243,11 +243,8 @@ def read(path: Path, name: str, options: LoadOptions) -> Checkpoint:
     family = families.by_pipeline(pipeline)
     vae = "vae" if family is None else family.autoencoder_folder
     part = next((name for name in NETWORKS if index.get(name, [None, None]) != [None, None]), None)
-    if options.transformer is not None and part == "unet":
-        raise UserError(
-            f"{path} is a model with a U-Net: transformer={options.transformer} has no place in it"
-        )
-    part = "transformer" if options.transformer is not None else part
+    if options.transformer is not None and part != "unet":
+        part = "transformer"
     if part is None or vae not in index:
         names = ", ".join(k for k in index if not k.startswith("_"))
         raise UserError(
@@ -260,7 +257,7 @@ def read(path: Path, name: str, options: LoadOptions) -> Checkpoint:
     if options.transformer is None:
         components[part] = read_component(path / part, options.variant, index=index)
     else:
-        components[part] = _override(path, options.transformer, options)
+        components[part] = _override(path, part, options.transformer, options)
     schedulers = {"scheduler": _read_scheduler(path / "scheduler", index)}
     if (path / "low_res_scheduler" / "scheduler_config.json").exists():
         schedulers["low_res_scheduler"] = _read_scheduler(path / "low_res_scheduler", index)
@@ -287,14 +284,20 @@ def _read_scheduler(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
     return of_class(read_table(path), index.get(folder.name), path)
 
 
-def _override(folder: Path, file: Path, options: LoadOptions) -> Component:
+def _override(folder: Path, part: str, file: Path, options: LoadOptions) -> Component:
     """Read the network of a single file, with the config of a model's folder.
 
     FLUX.1 and SD 3.5 are released so, and so are most of their quantised and further trained
     versions. Other parts in the file are not read.
 
+    Args:
+        folder: the model's.
+        part: the network's folder in it, "unet" or "transformer".
+        file: the file.
+        options: how the model is opened.
+
     Raises:
-        UserError: a file without a transformer, with another than the folder's, or that cannot be
+        UserError: a file without such a network, with another than the folder's, or that cannot be
             streamed.
     """
     if not file.is_file():
@@ -302,14 +305,14 @@ def _override(folder: Path, file: Path, options: LoadOptions) -> Component:
             f"transformer={file} was not found: expected a file with a diffusion transformer, "
             "such as a .safetensors or .gguf file"
         )
-    place = folder / "transformer" / "config.json"
+    place = folder / part / "config.json"
     if not place.exists():
         raise UserError(
             f"{place} is missing: the network of {file} is read by the config of its model; "
             "give a folder that has it"
         )
     config = read_table(place)
-    if families.by_network(config.get("_class_name")) is None:
+    if part == "transformer" and families.by_network(config.get("_class_name")) is None:
         raise UserError(
             f"{place} is of class {config.get('_class_name')!r}, "
             f"which has no files of its own: leave out transformer={file}"
@@ -320,6 +323,8 @@ def _override(folder: Path, file: Path, options: LoadOptions) -> Component:
         raise UserError(
             f"transformer={file} is a whole model in sfumato's own layout: open it by itself"
         )
+    if part == "unet":
+        return replace(families.read_unet(raw, config), config_file=place, path=file)
     candidates = families.candidates(raw.shapes, file)
     candidates = [family for family in candidates if isinstance(family, TransformerFamily)]
     if not candidates:

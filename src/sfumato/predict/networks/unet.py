@@ -19,7 +19,7 @@ from sfumato.errors import UserError
 from sfumato.kernels import batch_invariant
 from sfumato.nn.attention import SpatialAttention, SpatialTransformer
 from sfumato.nn.blocks import Downsample, ResnetBlock, Upsample
-from sfumato.nn.embeddings import TimestepEmbedding, sinusoidal
+from sfumato.nn.embeddings import TimestepEmbedding, guidance_features, sinusoidal
 from sfumato.predict.networks.base import Network, NetworkConfig
 from sfumato.types import Conditioning
 
@@ -48,7 +48,6 @@ FIXED: dict[str, Any] = {
     "time_embedding_type": "positional",
     "time_embedding_act_fn": None,
     "timestep_post_act": None,
-    "time_cond_proj_dim": None,
     "conv_in_kernel": 3,
     "conv_out_kernel": 3,
     "attention_type": "default",
@@ -75,6 +74,9 @@ class UNetConfig(NetworkConfig):
     addition_embed_type "text_time" (SDXL): `Conditioning.vector` is a pooled text and after it
     numbers such as sizes in pixels, each of which becomes `addition_time_embed_dim` sinusoidal
     features; together they are `projection_class_embeddings_input_dim` wide.
+
+    time_cond_proj_dim (latent consistency models): the last number of `Conditioning.vector` is the
+    guidance scale, whose `guidance_features` of this width join the timestep's.
 
     upcast_attention is kept for the file's sake: attention sums in float32 in every dtype, as
     torch's fused kernels do.
@@ -121,6 +123,7 @@ class UNetConfig(NetworkConfig):
     addition_time_embed_dim: int | None = None
     resnet_time_scale_shift: str = "default"
     time_embedding_dim: int | None = None
+    time_cond_proj_dim: int | None = None
 
     def __post_init__(self) -> None:
         n = len(self.block_out_channels)
@@ -155,6 +158,8 @@ class UNetConfig(NetworkConfig):
                 "class embeddings beside addition_embed_type are not supported: both would be read "
                 "from one vector"
             )
+        if self.time_cond_proj_dim is not None:
+            self.check_counts("time_cond_proj_dim", at_least=4)
         only = self.only_cross_attention
         if not isinstance(only, bool) and len(only) != n:
             raise UserError(
@@ -308,7 +313,8 @@ class UNet(Network):
         widths, time_width = config.block_out_channels, config.time_width
         last = len(widths) - 1
         self.conv_in = batch_invariant.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.time_embedding = TimestepEmbedding(widths[0], time_width)
+        cond_width = config.time_cond_proj_dim
+        self.time_embedding = TimestepEmbedding(widths[0], time_width, cond_width=cond_width)
         vector_width = config.projection_class_embeddings_input_dim or 0
         if config.class_embed_type == "projection":
             self.class_embedding = TimestepEmbedding(vector_width, time_width)
@@ -364,25 +370,34 @@ class UNet(Network):
     ) -> Float[Tensor, "B T"]:
         """Time and `Conditioning.vector` as one embedding.
 
-        The vector holds class weights, features, or a pooled text and sizes.
+        The vector holds class weights, features, or a pooled text and sizes; behind these the
+        guidance scale.
         """
-        c = self.config
+        c, vector, guidance = self.config, cond.vector, None
+        if c.time_cond_proj_dim is not None:
+            if vector is None:
+                raise UserError(
+                    "this U-Net is guidance-distilled: Conditioning.vector (B, V), whose last "
+                    "number is the guidance scale, is missing"
+                )
+            guidance = guidance_features(vector[:, -1], c.time_cond_proj_dim).to(dtype)
+            vector = vector[:, :-1]
         width = c.block_out_channels[0]
-        time = self.time_embedding(self._sinusoidal(timestep, width).to(dtype))
+        time = self.time_embedding(self._sinusoidal(timestep, width).to(dtype), guidance)
         if self.class_embedding is None and c.addition_embed_type is None:
             return time
-        if cond.vector is None:
+        if vector is None:
             kind = "conditioned on a pooled text and sizes"
             kind = "class-conditional" if c.addition_embed_type is None else kind
             raise UserError(f"this U-Net is {kind}: Conditioning.vector (B, V) is missing")
         if c.addition_embed_type is not None:
-            return time + self.add_embedding(self._text_and_sizes(cond.vector).to(dtype))
+            return time + self.add_embedding(self._text_and_sizes(vector).to(dtype))
         table = cast("nn.Module", self.class_embedding)
         if isinstance(table, nn.Embedding):
-            return time + batch_invariant.linear(cond.vector.to(dtype), table.weight.to(dtype).T)
+            return time + batch_invariant.linear(vector.to(dtype), table.weight.to(dtype).T)
         if c.class_embed_type == "timestep":
-            return time + table(self._sinusoidal(cond.vector[:, 0], width).to(dtype))
-        return time + table(cond.vector.to(dtype))
+            return time + table(self._sinusoidal(vector[:, 0], width).to(dtype))
+        return time + table(vector.to(dtype))
 
     def _sinusoidal(self, numbers: Float[Tensor, " B"], width: int) -> Float[Tensor, "B D"]:
         return sinusoidal(numbers, width, self.config.flip_sin_to_cos, self.config.freq_shift)
@@ -545,6 +560,11 @@ class UNet(Network):
     def token_width(self) -> int | tuple[int, ...] | None:
         """Channels of `Conditioning.tokens`, one for all levels or one a level; None: no tokens."""
         return self.config.cross_attention_dim if self.config.attends_to_tokens else None
+
+    @property
+    def guidance_embeds(self) -> bool:
+        """True for latent consistency models with a guidance scale."""
+        return self.config.time_cond_proj_dim is not None
 
     @property
     def is_conditional(self) -> bool:
