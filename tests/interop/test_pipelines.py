@@ -434,11 +434,11 @@ def test_latent_consistency_models_in_both_directions(
     ).abs().max() < 1e-3
     result = model.generate(prompts, output="tensor")
     assert_same_images(result, expected)
-    for given in (1.0, 2.5, 0.0):
-        options = {"num_inference_steps": 2, "guidance_scale": given}
+    for guidance in (1.0, 2.5, 0.0):
+        options = {"num_inference_steps": 2, "guidance_scale": guidance}
         expected = pipeline_images(pipe, prompts, **options)
         assert_same_images(
-            model.generate(prompts, steps=2, guidance=given, output="tensor"), expected
+            model.generate(prompts, steps=2, guidance=guidance, output="tensor"), expected
         )
         assert (expected - result).abs().max() > 1e-3, "the scale and the steps show"
 
