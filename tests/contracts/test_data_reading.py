@@ -240,6 +240,11 @@ def test_metadata_one_folder_up_is_read(tmp_path: Path, log: pytest.LogCaptureFi
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "other.png", "text": "x"}')
     assert open_images(tmp_path / "train").captions is None
     assert "names no image of" in log.text
+    (tmp_path / "metadata.jsonl").write_text("a file of another program")
+    assert open_images(tmp_path / "train").captions is None, "outside of the source: no error"
+    assert "metadata.jsonl is not read" in log.text
+    with pytest.raises(UserError, match=r"metadata\.jsonl cannot be read"):
+        open_images(tmp_path)
 
 
 def test_metadata_lie_in_class_folders_and_in_parquet(tmp_path: Path) -> None:

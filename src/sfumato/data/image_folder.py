@@ -97,7 +97,7 @@ def _listing(whole: Tree, root: Path, on_error: str, reading: Reading) -> Listin
         if above and tree.metadata:
             both = f"{above[0]} and {tree.metadata[0]}"
             raise UserError(f"{both} may both describe the images of {root}: keep one of them")
-    notes = read_notes(tree, reading, parent)
+    notes = read_notes(tree, reading, parent, outside=root == whole.root)
     tree.report()
     excluded = {name for name, _ in notes.problems}
     if notes.problems and on_error == "raise":

@@ -61,13 +61,17 @@ def file_key(name: str) -> str:
     return unicodedata.normalize("NFC", os.path.normpath(name.replace("\\", "/")))
 
 
-def read_notes(tree: Tree, reading: Reading, parent: Path | None = None) -> Notes:
+def read_notes(
+    tree: Tree, reading: Reading, parent: Path | None = None, outside: bool = False
+) -> Notes:
     """Read metadata and text files of a tree; text files that no image has are counted in it.
 
     Args:
         tree: The files.
         reading: Settings; `caption_column` decides between metadata and text files.
         parent: Folder above the tree whose metadata may name its images.
+        outside: The parent is no part of the source: metadata that cannot be read, or are about
+            other files, are logged there and are no error.
 
     Raises:
         UserError: For files that cannot be read, and where two readings are possible.
@@ -76,7 +80,13 @@ def read_notes(tree: Tree, reading: Reading, parent: Path | None = None) -> Note
     paths = tree.metadata
     if not paths and parent is not None:
         paths = [parent / name for name in METADATA if (parent / name).is_file()]
-    rows = _Rows.read(paths, tree, reading, beside)
+    try:
+        rows = _Rows.read(paths, tree, reading, beside)
+    except UserError as error:
+        if not outside or tree.metadata:
+            raise
+        logger.warning("%s is not read: %s", paths[0], error)
+        rows = None
     ignored = reading.caption_column != SIDECAR and (
         reading.caption_column is not None or (rows is not None and rows.caption is not None)
     )
