@@ -13,6 +13,8 @@ from pathlib import Path
 
 SHOWN = 50
 """Most names that an error lists: ImageNet's thousand would bury the sentence."""
+CLOSE = 0.62
+"""Least similarity of a name that an error suggests: "karas" is karras, not crash."""
 WRONG = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """Errors that Python and torch raise for a value of the wrong kind."""
 
@@ -35,7 +37,9 @@ def unknown(kind: str, value: object, choices: Iterable[str]) -> UserError:
     """
     names = sorted(choices)
     lower = [n.lower() for n in names]
-    near = difflib.get_close_matches(str(value).lower(), lower, n=3, cutoff=0.5)
+    word = str(value).lower()
+    near = difflib.get_close_matches(word, lower, n=3, cutoff=CLOSE)
+    near = near or [name for name in lower if len(word) > 1 and name.startswith(word)][:3]
     close = [n for best in near for n in names if n.lower() == best]  # the nearest first
     hint = f"did you mean {' or '.join(repr(n) for n in close)}? " if close else ""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
@@ -46,6 +50,39 @@ def unknown(kind: str, value: object, choices: Iterable[str]) -> UserError:
 def quoted(text: str) -> str:
     """Quote a text for an error message, without the middle of a long one."""
     return repr(text if len(text) <= 80 else f"{text[:50]} ... {text[-25:]}")
+
+
+def system_error(error: BaseException) -> UserError | None:
+    """Return the `UserError` for a file, a text or memory that the system refuses.
+
+    Args:
+        error: Any error.
+
+    Returns:
+        None for another error, and for one of sfumato.
+    """
+    reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+    if isinstance(error, OSError):
+        place = "a file, or the output," if error.filename is None else str(error.filename)[:200]
+        return UserError(
+            f"{place} cannot be read or written ({reason}): check that it is there, that you may "
+            "use it, and that the disk has space"
+        )
+    if isinstance(error, UnicodeEncodeError | UnicodeDecodeError):
+        return UserError(
+            f"a text or the name of a file does not fit the encoding {error.encoding} ({reason}): "
+            "use a UTF-8 locale, or set PYTHONUTF8=1"
+        )
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in _OUT_OF_MEMORY):
+        return UserError(
+            f"the memory does not suffice ({reason or 'none is left'}): ask for smaller or fewer "
+            "images, or a smaller batch; `sfumato info MODEL` shows what a model needs"
+        )
+    return None
+
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory")
+"""Signs of torch's errors, which are RuntimeErrors."""
 
 
 @contextmanager

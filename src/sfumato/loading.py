@@ -1,27 +1,37 @@
 """Loading of models: bundled names, folders in diffusers' layout, single files, hub ids."""
 
+import logging
 import tempfile
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
 import torch
 
 from sfumato.checkpoints import families, hub
-from sfumato.checkpoints.checkpoint import Checkpoint, LoadOptions, ReadOptions
+from sfumato.checkpoints.checkpoint import Checkpoint, Component, LoadOptions, ReadOptions
+from sfumato.checkpoints.formats import NotMapped, open_file
 from sfumato.checkpoints.formats import folder as folders
-from sfumato.checkpoints.formats import open_file
 from sfumato.checkpoints.formats.folded import is_folded, unfold
+from sfumato.checkpoints.formats.lone_vae import read_autoencoder
 from sfumato.checkpoints.metadata import network_class, read_configs
 from sfumato.checkpoints.pipelines import pipeline_class, pipeline_defaults, pipeline_spacing
-from sfumato.checkpoints.schedulers.config import from_scheduler_config, read_scheduler
+from sfumato.checkpoints.schedulers.config import (
+    as_plain_class,
+    from_scheduler_config,
+    read_scheduler,
+)
 from sfumato.compress.base import Autoencoder
 from sfumato.errors import WRONG, UserError, explained
 from sfumato.io.host_memory import parse_size
+from sfumato.io.paths import expand_user
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.base import Network
 from sfumato.sampling import Defaults
+from sfumato.sampling.request import sampler_of
+from sfumato.validate import whole_number
 
 
 def bundled() -> dict[str, Path]:
@@ -40,6 +50,10 @@ def load(
     memory: int | str | None = None,
     transformer: str | Path | None = None,
     revision: str | None = None,
+    vae: str | Path | None = None,
+    clip_skip: int | None = None,
+    truncation: str | None = None,
+    sampler: str | None = None,
 ) -> LatentDiffusion:
     """Load a model.
 
@@ -58,14 +72,25 @@ def load(
         transformer: for folders: a file with the network alone (original, GGUF, fp8), which
             replaces the folder's. The folder may lack the weights of its own.
         revision: of a hub id: a branch, a tag or a commit (default: the main branch).
+        vae: a folder or file with an autoencoder, which replaces the model's own.
+        clip_skip: layers of CLIP's text encoders to skip, as in diffusers: 1 is what other programs
+            call 2. None: as the model says.
+        truncation: of prompts that are too long: "refuse" them, "cut" them, or for CLIP encode them
+            in "chunks". None: as the model says.
+        sampler: the default sampler. A folder whose scheduler class is not known opens with it: its
+            process is read from the fields that all scheduler classes share.
 
     Raises:
         UserError: a model that is missing, damaged, of an unknown kind, or whose parts do not fit.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise UserError(f"dtype={dtype}: expected a floating-point one such as torch.bfloat16")
-    network = None if transformer is None else Path(transformer).expanduser()
+    network = None if transformer is None else expand_user(transformer)
     size = None if memory is None else parse_size(memory)
+    if sampler is not None:
+        sampler_of(sampler)
+    if clip_skip is not None:
+        whole_number("clip_skip", clip_skip, 0, unit="layers")
     return open_model(
         source,
         LoadOptions(
@@ -77,14 +102,70 @@ def load(
             size,
             network,
             revision=revision,
+            vae=None if vae is None else expand_user(vae),
+            clip_skip=clip_skip,
+            truncation=truncation,
+            sampler=sampler,
         ),
     )
+
+
+def outline(
+    source: str | Path,
+    variant: str | None = None,
+    revision: str | None = None,
+    tokenizer: str | Path | None = None,
+    transformer: str | Path | None = None,
+    vae: str | Path | None = None,
+    clip_skip: int | None = None,
+    truncation: str | None = None,
+    sampler: str | None = None,
+) -> LatentDiffusion | None:
+    """Open a model without reading its weights, to `plan` requests: it cannot draw.
+
+    Args:
+        source: as for `load`, as are the others.
+        variant: the files of a folder to prefer.
+        revision: of a hub id.
+        tokenizer: a folder with tokenizers.
+        transformer: a file that replaces the network.
+        vae: a folder or file that replaces the autoencoder.
+        clip_skip: layers of CLIP's text encoders to skip.
+        truncation: of prompts that are too long.
+        sampler: the default sampler.
+
+    Returns:
+        None for a model whose weights must be read or computed to be opened (pickled, quantised, or
+        a folder in one file).
+
+    Raises:
+        UserError: as `load` does, but for what is found in weights.
+    """
+    options = LoadOptions(
+        variant=variant,
+        revision=revision,
+        tokenizer=tokenizer,
+        transformer=None if transformer is None else expand_user(transformer),
+        vae=None if vae is None else expand_user(vae),
+        clip_skip=clip_skip,
+        truncation=truncation,
+        sampler=sampler,
+        outline=True,
+    )
+    logger = logging.getLogger("sfumato")
+    silent, logger.disabled = logger.disabled, True  # `load` says the same again
+    try:
+        return open_model(source, options)
+    except NotMapped:
+        return None
+    finally:
+        logger.disabled = silent
 
 
 def open_model(source: str | Path, options: LoadOptions) -> LatentDiffusion:
     """`load` with its arguments checked."""
     models = bundled()
-    path = models.get(str(source), Path(source).expanduser())
+    path = models.get(str(source), expand_user(source))
     if not path.exists() and (hub_id := hub.parse_id(str(source), options.revision)):
         path = hub.download(hub_id, options.variant, options.transformer is None)
     elif options.revision is not None and path.exists():
@@ -110,15 +191,15 @@ def _open_file(path: Path, options: LoadOptions) -> LatentDiffusion:
     """Load a single file: in an original layout, or a folder in one file."""
     if options.transformer is not None:
         raise UserError(
-            f"transformer={options.transformer} with the file {path}: "
+            f"transformer {options.transformer} with the file {path}: "
             "expected a model's folder, which has the other parts"
         )
-    raw = open_file(path, options.dtype, mapped=options.memory is not None)
+    raw = open_file(path, options.dtype, mapped=options.mapped)
     if is_folded(raw.metadata):
-        if options.memory is not None:
-            raise UserError(
+        if options.mapped:
+            raise NotMapped(
                 f"{path} cannot be streamed, a single file of sfumato's own is unpacked to be "
-                "read: open it, `save` it as a folder, and stream that"
+                "read: `sfumato convert` it to a folder, and stream that"
             )
         with tempfile.TemporaryDirectory() as temporary:
             try:
@@ -135,6 +216,11 @@ def _open_file(path: Path, options: LoadOptions) -> LatentDiffusion:
     with explained(path):
         checked = raw if options.opened is None else raw.checked()
         checkpoint = family.read(checked, options.reading, read_configs(raw.metadata, path))
+    lacks_vae = "vae" not in checkpoint.components
+    if options.vae is not None and lacks_vae and isinstance(family, families.UNetFamily):
+        # a place for the other one, which `assemble` reads
+        vae = Component({"scaling_factor": family.default_scale(raw.metadata, False)}, {})
+        checkpoint = replace(checkpoint, components={**checkpoint.components, "vae": vae})
     family.require_whole(checkpoint)
     return assemble(checkpoint, options)
 
@@ -143,6 +229,9 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> LatentDiffusion:
     """Build the model of a checkpoint's parts; `UserError` where they do not fit each other."""
     path, components = checkpoint.path, checkpoint.components
     family = None if checkpoint.family is None else families.by_name(checkpoint.family)
+    if options.vae is not None:
+        vae = read_autoencoder(options.vae, components["vae"].config, options)
+        components = {**components, "vae": vae}
     part = next(name for name in folders.NETWORKS if name in components)
     autoencoder, network = (components[name].build(path, options.opened) for name in ("vae", part))
     if not isinstance(autoencoder, Autoencoder):
@@ -159,7 +248,8 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> LatentDiffusion:
     low_res = checkpoint.schedulers.get("low_res_scheduler")
     even = None if family is None else family.even_times
     with explained(scheduler):
-        spec = read_scheduler(checkpoint.schedulers["scheduler"], even)
+        config = checkpoint.schedulers["scheduler"]
+        spec = read_scheduler(config if options.sampler is None else as_plain_class(config), even)
         small = None if low_res is None else from_scheduler_config(low_res)
     target = spec.process.parameterization.name
     if network.parameterization not in (None, target):
@@ -170,6 +260,9 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> LatentDiffusion:
         )
     assert checkpoint.conditioner is not None
     conditioner = checkpoint.conditioner(network, options)
+    conditioner = conditioner.with_settings(
+        {"clip_skip": options.clip_skip, "truncation": options.truncation}
+    )
     with explained(path / "model_index.json" if path.is_dir() else path):
         saved, index = checkpoint.defaults, checkpoint.index
         if index is None:
@@ -182,6 +275,8 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> LatentDiffusion:
             base = pipeline_defaults(index, network, checkpoint.schedulers["scheduler"])
             saved = base | own | run | saved
         # Else sfumato wrote the folder: defaults that it omits are those of `Defaults`.
+        if options.sampler is not None:
+            saved = {**saved, "sampler": options.sampler}
         defaults = Defaults.from_json(saved)
     _check_parts(path, autoencoder, network, conditioner)
     return LatentDiffusion(

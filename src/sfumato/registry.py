@@ -10,6 +10,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -20,11 +21,11 @@ from sfumato.errors import unknown
 def names(package: str) -> tuple[str, ...]:
     """List the names in a registered folder, such as "diffuse.samplers".
 
-    Only the folder is imported. Files that begin with "_" and `base.py`, the folder's base class,
-    have no name.
+    Nothing is imported, so that a wrong name is refused before torch is loaded. Files that begin
+    with "_" and `base.py`, the folder's base class, have no name.
     """
-    module = importlib.import_module(f"sfumato.{package}")
-    files = (m.name for m in pkgutil.iter_modules(module.__path__))
+    folder = Path(__file__).parent.joinpath(*package.split("."))
+    files = (m.name for m in pkgutil.iter_modules([str(folder)]))
     return tuple(sorted(name for name in files if not name.startswith("_") and name != "base"))
 
 

@@ -22,6 +22,7 @@ from sfumato.checkpoints.schedulers.spacing import DynamicShift
 from sfumato.compress.tiny import AutoencoderTiny
 from sfumato.errors import UserError
 from sfumato.io.atomic import atomic_folder, write_json
+from sfumato.io.paths import expand_user
 from sfumato.predict.networks.base import Network
 from sfumato.sampling.request import Model
 
@@ -176,7 +177,7 @@ def check_target(folder: str | Path) -> Path:
         UserError: a place that holds anything but a model's folder, or that may not be written.
     """
     # behind a link the folder is replaced, not the link
-    target = Path(folder).expanduser().resolve()
+    target = expand_user(folder).resolve()
     if target.is_file() or (
         target.is_dir() and any(target.iterdir()) and not (target / "model_index.json").exists()
     ):

@@ -71,7 +71,7 @@ BAD: list[tuple[str, Change, str]] = [
     ("pixart_alpha", gone("tokenizer"),
      "tokenizer has no tokenizer: expected T5's tokenizer.json or spiece.model"),
     ("pixart_alpha", text("tokenizer/spiece.model", "words"),
-     "spiece.model is not a SentencePiece model: copy or download it again"),
+     "spiece.model is not a SentencePiece model: it is a text"),
     ("pixart_alpha", table(TOKENIZER, tokenizer_class="CLIPTokenizer"),
      "is of class 'CLIPTokenizer': expected T5Tokenizer"),
     ("pixart_alpha", text(TOKENIZER, "[]"), "holds a list: expected a JSON object"),

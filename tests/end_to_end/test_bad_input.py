@@ -228,11 +228,11 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "field of another kind": (
         change(UNET, lambda v: v.update(layers_per_block="two")),
-        "unet/config.json has a value of the wrong kind",
+        "unet/config.json.* has a value of the wrong kind",
     ),
     "widths of another kind": (
         change(UNET, lambda v: v.update(block_out_channels=["a", "b"])),
-        "unet/config.json has a value of the wrong kind",
+        "unet/config.json.* has a value of the wrong kind",
     ),
     "impossible widths": (
         change(VAE, lambda v: v.update(block_out_channels=[9, 16])),
@@ -240,11 +240,11 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "zero groups": (
         change(VAE, lambda v: v.update(norm_num_groups=0)),
-        "vae/config.json has a value of the wrong kind",
+        "vae/config.json.* has a value of the wrong kind",
     ),
     "statistics of another length": (
         change(VAE, lambda v: v.update(latents_std=[1.0])),
-        "vae/config.json has a value of the wrong kind",
+        "vae/config.json.* has a value of the wrong kind",
     ),
     "unknown class": (
         change(UNET, lambda v: v.update(_class_name="AuraFlowTransformer2DModel")),
@@ -488,7 +488,7 @@ def test_a_pickle_of_tensors_with_code_is_refused_too(folder: Path, tmp_path: Pa
     data = (folder / "unet" / "diffusion_pytorch_model.bin").read_bytes()
     for cut in (0, 10, len(data) // 2, len(data) - 30):
         (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(data[:cut])
-        with pytest.raises(UserError, match="truncated"):
+        with pytest.raises(UserError, match=r"truncated|empty file"):
             sfumato.load(folder)
 
 

@@ -123,8 +123,9 @@ def stub(monkeypatch: pytest.MonkeyPatch, working_folder: Path) -> Iterator[dict
     """Replaces sfumato.loading by stubs, by name, in a fresh folder."""
     models = {"fashion": StubModel(), "other": StubModel("b" * 64)}
     module = types.ModuleType("sfumato.loading")
-    module.load = lambda name: models[name]  # type: ignore[attr-defined]
+    module.load = lambda name, **reading: models[name]  # type: ignore[attr-defined]
     module.open_model = lambda name, options: models[name]  # type: ignore[attr-defined]
+    module.outline = lambda name, *reading, **more: None  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sfumato.loading", module)
     threads = torch.get_num_threads()
     yield models
@@ -726,9 +727,9 @@ def test_weights_are_packed_where_steps_are_enough_to_pay_for_it(
 
     model, packed = StubModel(), StubModel()  # whose own steps are 3
     monkeypatch.setattr(model, "optimized", lambda: packed)
-    monkeypatch.setattr("sfumato.loading.load", lambda source: model)
-    load = _options.RunOptions().load_for_sampling
-    assert load("somewhere", steps) == ((packed, True) if packs else (model, False))
+    monkeypatch.setattr("sfumato.loading.load", lambda source, **reading: model)
+    load = _options.RunOptions(model="somewhere").load_for_sampling
+    assert load(steps) == ((packed, True) if packs else (model, False))
     for pack in (True, False):  # as an image was drawn before
         expected = (packed, True) if pack else (model, False)
-        assert load("somewhere", steps, pack=pack) == expected
+        assert load(steps, pack=pack) == expected

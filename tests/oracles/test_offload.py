@@ -509,13 +509,19 @@ def test_wrong_sizes(size: Any, tiny: Path) -> None:
         host_memory.parse_size(size)
 
 
+@pytest.mark.parametrize("size", ["10", " 0.5 ", "3000000000"])
+def test_a_size_without_a_unit_is_refused(size: str) -> None:
+    with pytest.raises(UserError, match=rf"has no unit: expected one, as in {size.strip()}GB"):
+        host_memory.parse_size(size)
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [
         ("3GB", 3 * 10**9),
         ("1.5 GiB", 3 * 2**29),
         ("800mb", 8 * 10**8),
-        ("7", 7),
+        ("7B", 7),
         ("2k", 2000),
         (12, 12),
         ("5 B", 5),

@@ -124,6 +124,11 @@ class LoadOptions:
         stored: Whether weights stay as they are in the files, neither read nor checked, to be
             streamed or converted.
         revision: Of a hub id, a branch, a tag or a commit.
+        vae: A folder or file with the autoencoder that replaces the model's own.
+        clip_skip: Layers of CLIP's text encoders to skip; None: as the model says.
+        truncation: What to do with a prompt that is too long; None: as the model says.
+        sampler: The default sampler, with which a folder of an unknown scheduler class opens.
+        outline: Whether only the shapes of weights are wanted, to check a request.
     """
 
     device: str = "cpu"
@@ -135,11 +140,21 @@ class LoadOptions:
     transformer: Path | None = None
     stored: bool = False
     revision: str | None = None
+    vae: Path | None = None
+    clip_skip: int | None = None
+    truncation: str | None = None
+    sampler: str | None = None
+    outline: bool = False
 
     @property
     def opened(self) -> torch.dtype | None:
         """The dtype of opened weights; None: as stored."""
-        return None if self.stored or self.memory is not None else self.dtype
+        return None if self.stored or self.outline or self.memory is not None else self.dtype
+
+    @property
+    def mapped(self) -> bool:
+        """True where every weight must be a view of its file."""
+        return self.outline or self.memory is not None
 
 
 @dataclass(frozen=True)

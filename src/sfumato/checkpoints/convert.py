@@ -309,7 +309,7 @@ def _folder_notes(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> dic
         if (folder / path).exists():
             metadata[key] = json.dumps(read_table(folder / path))
     index = read_table(folder / "model_index.json")
-    family = families.by_pipeline(str(index.get("_class_name")))
+    family = families.by_index(index)
     learned = bool(configs.get("transformer", {}).get("guidance_embeds"))
     scheduler = json.loads(metadata.get(SCHEDULER, "{}"))
     model = {"defaults": {} if family is None else family.defaults(index, learned, scheduler)}

@@ -70,7 +70,7 @@ def pipeline_defaults(
         network: The model's.
         scheduler: scheduler_config.json.
     """
-    family = families.by_pipeline(str(index.get("_class_name")))
+    family = families.by_index(index)
     own = {} if family is None else family.defaults(index, network.guidance_embeds, scheduler)
     return {"steps": 50, "guidance": 1.0 if network.part == "transformer" else 7.5} | own
 

@@ -22,6 +22,7 @@ from sfumato.checkpoints.checkpoint import LoadOptions, RawCheckpoint
 from sfumato.checkpoints.metadata import TOKENIZER, TOKENIZERS
 from sfumato.errors import WRONG, UserError, explained
 from sfumato.io.atomic import read_json
+from sfumato.io.paths import expand_user
 from sfumato.predict.text_encoders.base import Encoder
 from sfumato.predict.text_encoders.bert import load_tokenizer
 from sfumato.predict.text_encoders.t5 import SPIECE
@@ -84,7 +85,7 @@ def _vocabulary(folder: str | Path | None, metadata: Mapping[str, str]) -> Vocab
         return packaged
     if (downloaded := _cached(HUB, _CLIP_FILES, local=False)) is not None:
         return _from_folder(downloaded)
-    remedy = "vocab.json and merges.txt (tokenizer=...), install open_clip_torch"
+    remedy = "vocab.json and merges.txt (--tokenizer FOLDER), install open_clip_torch"
     raise _no_tokenizer("text encoders", "CLIP", remedy, HUB)
 
 
@@ -198,7 +199,7 @@ def bert_tokenizer(length: int, folder: str | Path | None, metadata: Mapping[str
         place = _cached(BERT_HUB, _BERT_FILES, local)
         if place is not None:
             return load_tokenizer(place)
-    raise _no_tokenizer("a text transformer", "BERT", "vocab.txt (tokenizer=...)", BERT_HUB)
+    raise _no_tokenizer("a text transformer", "BERT", "vocab.txt (--tokenizer FOLDER)", BERT_HUB)
 
 
 # ---- whole folders -------------------------------------------------------------------------------
@@ -229,13 +230,13 @@ def tokenizer_folders(raw: RawCheckpoint, names: list[str], options: LoadOptions
     if options.tokenizer is None:
         raise UserError(
             f"{raw.path} has text encoders and no tokenizers, as all files in its layout: give the "
-            f"folder of a model of its kind, which has {expected} (tokenizer=...)"
+            f"folder of a model of its kind, which has {expected} (--tokenizer FOLDER)"
         )
-    folder = Path(options.tokenizer).expanduser()
+    folder = expand_user(options.tokenizer)
     missing = [name for name in names if not (folder / name).is_dir()]
     if missing:
         raise UserError(
-            f"tokenizer={options.tokenizer} has no folder {missing[0]}: "
+            f"the tokenizer {options.tokenizer} has no folder {missing[0]}: "
             f"expected a model's folder with {expected}"
         )
     yield folder

@@ -1,19 +1,33 @@
 """Options that commands share. Torch is imported inside functions alone."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    cast,
+    get_args,
+    get_type_hints,
+)
 
 import tyro
 
-from sfumato.errors import UserError, unknown
+from sfumato.errors import UserError, quoted, unknown
+from sfumato.io.paths import expand_user
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
     from sfumato.model import LatentDiffusion
+    from sfumato.predict.guidance.settings import Guidance
     from sfumato.sampling import Plan, Request
 
 T = TypeVar("T")
@@ -62,7 +76,8 @@ def parse(
 ) -> T:
     """Fill the dataclass `kind` from the command line.
 
-    Arguments that do not parse print the reason and exit with code 2.
+    Arguments that do not parse print the reason and exit with code 2. The value of a flag for text
+    may begin with a dash.
 
     Args:
         kind: The dataclass.
@@ -71,17 +86,113 @@ def parse(
         default: Values of flags that the command line lacks; None: the class's.
         description: Text of the help; None: the class's docstring.
         none: Allow the word None for a setting that can be None.
+
+    Raises:
+        UserError: For a text that is not UTF-8, and a dash that makes a text look like a flag.
     """
     options: dict[str, Any] = {} if default is None else {"default": default}
     markers = () if none else (tyro.conf.DisallowNone,)
-    return tyro.cli(
+    parsed = tyro.cli(
         kind,
-        args=list(arguments),
+        args=_join_dashes(kind, arguments, command),
         prog=f"sfumato {command}",
         description=description,
         config=(tyro.conf.PositionalMetavarFromFieldName, *markers),
         **options,
     )
+    return _decode_texts(parsed)
+
+
+_FLAG = re.compile(r"-h|--[A-Za-z][\w.-]*(=.*)?", re.DOTALL)
+_NO_FLAG = re.compile(r"-([\d.\s].*)?", re.DOTALL)
+"""Words with a dash that the parser takes for values: numbers, "- a list"."""
+PLACES = ("model", "refiner", "data", "features", "recipe", "out")
+"""Texts that may be the path of a file, whose name need not be UTF-8."""
+
+
+def _join_dashes(kind: type, arguments: Sequence[str], command: str) -> list[str]:
+    """Join flags for text and values that begin with a dash by "=", which the parser needs.
+
+    Raises:
+        UserError: For a word with a dash that may be a text or a mistyped flag.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    hints = {_custom_name(hint) or name: hint for name, hint in hints.items()}
+    texts = {_flag(name) for name, hint in hints.items() if _is_text(hint)}
+    nested = any(is_dataclass(hint) for hint in map(_bare, hints.values()))  # more flags than these
+    words, waiting = list[str](), iter(arguments)
+    for word in waiting:
+        words.append(word)
+        if word == "--":
+            break
+        if word.replace("_", "-") not in texts:
+            if word.startswith("-") and not (_FLAG.fullmatch(word) or _NO_FLAG.fullmatch(word)):
+                raise UserError(
+                    f"{quoted(word)} begins with a dash, as flags do: a prompt of this kind comes "
+                    f"last, after --, as in: sfumato {command} ... -- {quoted(word)}"
+                )
+            continue
+        value = next(waiting, None)
+        if value is None:
+            break
+        name = value.partition("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_")
+        if value.startswith("-") and value != "--" and not _FLAG.fullmatch(value):
+            words[-1] = f"{word}={value}"
+        elif _FLAG.fullmatch(value) and not nested and name not in (*hints, "-h", "help"):
+            raise UserError(
+                f"{word} is followed by {quoted(value)}, which is no flag of sfumato {command}: "
+                f"write {word}={value} if it is the text"
+            )
+        else:
+            words.append(value)
+    return [*words, *waiting]
+
+
+def _bare(hint: Any) -> Any:
+    """A type without its notes."""
+    return get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+
+
+def _custom_name(hint: Any) -> str | None:
+    """The name of a flag that does not have its field's."""
+    notes = hint.__metadata__ if hasattr(hint, "__metadata__") else ()
+    return next((note.name for note in notes if getattr(note, "name", None)), None)
+
+
+def _is_text(hint: Any) -> bool:
+    """True for the type of a flag that takes one text or one path."""
+    return _bare(hint) in (str, Path, str | None, Path | None) and "Positional" not in repr(hint)
+
+
+def _decode_texts(options: T) -> T:
+    """Decode texts that the system could not: words are UTF-8 in a locale of ASCII, too.
+
+    Raises:
+        UserError: For a text that is not UTF-8.
+    """
+    changes: dict[str, Any] = {}
+    for name, value in vars(options).items():
+        if name in PLACES:
+            continue
+        if isinstance(value, str):
+            changes[name] = _decode(name, value)
+        elif isinstance(value, tuple) and all(isinstance(text, str) for text in value):
+            changes[name] = tuple(_decode(name, text) for text in value)
+    return replace(cast(Any, options), **changes) if changes else options
+
+
+def _decode(name: str, text: str) -> str:
+    try:
+        return os.fsencode(text).decode() if _SURROGATE.search(text) else text
+    except UnicodeError:
+        raise UserError(
+            f"{name.replace('_', ' ')} {os.fsencode(text)!r} is not UTF-8 text: "
+            "type it in a UTF-8 terminal, or save the script as UTF-8"
+        ) from None
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Stand for bytes that the system's encoding does not have."""
 
 
 def at_least(options: Any, low: int, *names: str) -> None:
@@ -141,13 +252,65 @@ def torch_dtype(name: str) -> "torch.dtype":
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """Settings of a run, and the files that it writes."""
+class ModelOptions:
+    """A model, and how its files are read."""
 
     model: str = "fashion"
     """Bundled name, folder in the diffusers layout, single file or Hub id."""
+    variant: Annotated[str | None, unset("none")] = None
+    """Variant of a folder's files to prefer, such as fp16."""
+    revision: Annotated[str | None, unset("main")] = None
+    """Branch, tag or commit of a Hub id."""
     transformer: Annotated[Path | None, unset(MODELS)] = None
     """File with a transformer or U-Net (original, GGUF, fp8) in place of the model folder's."""
+    vae: Annotated[Path | None, unset(MODELS)] = None
+    """Folder or file with an autoencoder in place of the model's."""
+    tokenizer: Annotated[Path | None, unset(MODELS)] = None
+    """Folder with the tokenizers of a single file: CLIP's, BERT's, or a model's folder."""
+    clip_skip: Annotated[int | None, unset(MODELS)] = None
+    """Layers of CLIP's text encoders to skip: 1 is what other programs call 2."""
+    truncation: Annotated[Literal["refuse", "cut", "chunks"] | None, unset(MODELS)] = None
+    """Prompts that are too long: refuse or cut them, or (CLIP) encode them in chunks."""
+
+    def reading(self, sampler: str | None = None) -> dict[str, Any]:
+        """The keywords of `loading.load` that these options set.
+
+        Args:
+            sampler: Value of --sampler, with which a model of an unknown scheduler opens.
+        """
+        values = {name: getattr(self, name) for name in READING} | {"sampler": sampler}
+        return {
+            name: expand_user(value) if isinstance(value, Path) else value
+            for name, value in values.items()
+            if value is not None
+        }
+
+    def check_early(
+        self, check: Callable[["LatentDiffusion"], object], sampler: str | None = None
+    ) -> None:
+        """Check settings against the model before its weights are read.
+
+        Args:
+            check: Called with the model's outline, where it can be opened as one.
+            sampler: As for `reading`.
+
+        Raises:
+            UserError: For whatever `check` refuses, and a model that cannot be opened.
+        """
+        from sfumato.loading import outline
+
+        if (model := outline(self.model, **self.reading(sampler))) is not None:
+            check(model)
+
+
+READING: tuple[str, ...] = tuple(f.name for f in fields(ModelOptions) if f.name != "model")
+"""Options of `ModelOptions` beside the model. PNG files record those that are set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(ModelOptions):
+    """Settings of a run, and the files that it writes."""
+
     n: int = 1
     """Number of images. Image k is drawn from seed + k."""
     steps: Annotated[int | None, unset(MODELS)] = None
@@ -191,41 +354,42 @@ class RunOptions:
     decoding: Decoding = "auto"
     """whole; exact: by rows, the same to rounding; tiled; auto: whole if --memory has room."""
 
-    def load(self, source: str, transformer: Path | None = None) -> "LatentDiffusion":
-        """Open a model with the dtype, device and memory of the options."""
+    def load(self, source: str | None = None) -> "LatentDiffusion":
+        """Open the model of the options, with their dtype, device and memory.
+
+        Args:
+            source: Another model, which does not share the files that replace parts of this one.
+        """
         from sfumato.loading import load
 
         options: dict[str, Any] = {
             "memory": self.memory,
-            "transformer": transformer,
             "dtype": None if self.dtype is None else torch_dtype(self.dtype),
             "device": self.device,
         }
-        return load(source, **{name: value for name, value in options.items() if value is not None})
+        options = {name: value for name, value in options.items() if value is not None}
+        if source is None:
+            return load(self.model, **options, **self.reading(self.sampler))
+        return load(source, **options, **({"variant": self.variant} if self.variant else {}))
 
     def load_for_sampling(
-        self,
-        source: str,
-        steps: int | None,
-        transformer: Path | None = None,
-        pack: bool | None = None,
+        self, steps: int | None, source: str | None = None, pack: bool | None = None
     ) -> "tuple[LatentDiffusion, bool]":
-        """Open a model for `steps` steps (None: its own), with packed weights where that pays.
+        """`load` a model for `steps` steps (None: its own), with packed weights where that pays.
 
         Its hash, which PNG files record, is computed before weights are packed. Streamed weights
         are not packed.
 
         Args:
-            source: The model.
             steps: Number of steps.
-            transformer: File in place of the folder's.
+            source: Another model, as for `load`.
             pack: Pack weights or not, as for an image that is drawn again: results differ by
                 rounding. None: where that pays.
 
         Returns:
             The model, and whether weights are packed.
         """
-        model = self.load(source, transformer)
+        model = self.load(source)
         if pack is None:
             pack = (model.defaults.steps if steps is None else steps) > FEW
         if self.memory is not None or not pack:
@@ -233,8 +397,14 @@ class RunOptions:
         _ = model.hash
         return model.optimized(), True
 
-    def request(self, model: "LatentDiffusion") -> "Request":
-        """The request of the options that are named as its fields; opens its guide model."""
+    def request(self, model: "LatentDiffusion", early: bool = False) -> "Request":
+        """The request of the options that are named as its fields; opens its guide model.
+
+        Args:
+            model: The model.
+            early: Whether the model is an outline, to check the request: the guide model is one
+                then, too.
+        """
         from sfumato.predict.guidance.settings import Guidance
         from sfumato.sampling import Request
 
@@ -243,16 +413,32 @@ class RunOptions:
         if self.guidance is not None:
             values["guidance"] = Guidance.parse(self.guidance).to_json()
         guidance = model.defaults.guidance if self.guidance is None else values["guidance"]
-        return Request(**values, guide_model=load_guide_model(guidance, self))
+        if not early:
+            return Request(**values, guide_model=load_guide_model(guidance, self))
+        return Request(**values, guide_model=outline_guide_model(guidance, model))
 
 
 def load_guide_model(guidance: Any, options: RunOptions | None = None) -> "LatentDiffusion | None":
     """Open the model that guidance names ("2 model:path=small"); None: it names none."""
     from sfumato.predict.guidance.settings import Guidance
 
-    baselines = Guidance.parse(guidance).parts()[2]
-    paths = [path for baseline in baselines if (path := getattr(baseline, "path", None))]
-    return (options or RunOptions()).load(paths[0]) if paths else None
+    path = _guide_path(Guidance.parse(guidance))
+    return None if path is None else (options or RunOptions()).load(path)
+
+
+def outline_guide_model(guidance: Any, model: "LatentDiffusion") -> "LatentDiffusion | None":
+    """The outline of the model that guidance names; `model` where it has none."""
+    from sfumato.loading import outline
+    from sfumato.predict.guidance.settings import Guidance
+
+    path = _guide_path(Guidance.parse(guidance))
+    return None if path is None else outline(path) or model
+
+
+def _guide_path(guidance: "Guidance") -> str | None:
+    """The path of the model that guidance names; None: it names none."""
+    paths = [getattr(baseline, "path", None) for baseline in guidance.parts()[2]]
+    return next(filter(None, paths), None)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import UserError, quoted
+from sfumato.io.signatures import another_kind
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -242,10 +243,9 @@ def read_image(path: Path) -> "Image":
         raise UserError(f"{path} is missing: expected an image there") from error
     # UnidentifiedImageError is an OSError
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(
-            f"{path} could not be read as an image ({error}): "
-            "it may be truncated; copy or download it again"
-        ) from error
+        kind = another_kind(path, "image")
+        reason = f": {kind}" if kind else f" ({error}): it may be truncated; copy it again"
+        raise UserError(f"{path} could not be read as an image{reason}") from error
 
 
 class _StderrHandler(logging.Handler):

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato.cli._options import RunOptions, TaskOptions, at_least, recorded
+from sfumato.cli._names import check_names, check_words
+from sfumato.cli._options import READING, RunOptions, TaskOptions, at_least, recorded
 from sfumato.cli._output import (
     Clock,
     Target,
@@ -16,11 +17,14 @@ from sfumato.cli._output import (
     target,
     write_images,
 )
-from sfumato.validate import seed_number
+from sfumato.errors import UserError
+from sfumato.validate import number_in, one_of, seed_number
 
 if TYPE_CHECKING:
     from sfumato.model import LatentDiffusion
     from sfumato.sampling import Plan, Request
+
+MOST_THREADS = 4096
 
 
 def run_task(options: TaskOptions) -> None:
@@ -68,6 +72,13 @@ def check_options(
     from sfumato.io.host_memory import parse_size
 
     at_least(options, 1, "n", "steps", "threads", "batch")
+    at_least(options, 0, "clip_skip")
+    check_names(options.sampler, options.spacing, options.guidance)
+    strength = vars(options).get("strength")
+    if strength is not None:
+        number_in("strength", strength, 0, 1)
+    if (way := vars(options).get("way")) is not None:
+        one_of("way", way, ("noise", "inversion"))
     n = options.n if isinstance(options.n, int) else 1
     seed_number("--seed", options.seed, n if by_seed else 1)
     if options.memory is not None:
@@ -76,6 +87,19 @@ def check_options(
     base = target(options.out, name, options.overwrite, options.seed if by_seed else None)
     base.files(n, several)
     return base
+
+
+def check_prompts(model: "LatentDiffusion", request: "Request") -> None:
+    """Raise `UserError` for a prompt that the model's conditioner cannot read."""
+    from sfumato.types import ImageSpec
+
+    size = ImageSpec(model.sample_size, model.sample_size)
+    for text, second in (
+        (request.prompt, request.prompt_2),
+        (request.negative_prompt, request.negative_prompt_2),
+    ):
+        if isinstance(text, str):
+            model.conditioner.check([text], size, [second] if isinstance(second, str) else None)
 
 
 def source_parameters(image: Path) -> dict[str, Any]:
@@ -92,7 +116,12 @@ def set_threads(threads: int | None, previous: Any = None) -> None:
         threads: Value of --threads.
         previous: Number that a PNG was made with, used if this machine has as many: sums may be
             split by threads.
+
+    Raises:
+        UserError: For more threads than any machine has.
     """
+    if threads is not None and threads > MOST_THREADS:
+        raise UserError(f"--threads {threads} is too large: expected at most {MOST_THREADS}")
     import torch
 
     if threads is not None:
@@ -123,20 +152,28 @@ def run_request(
     """
     from sfumato.sampling import Plan
 
-    set_threads(options.threads)
-    clock.lap("import")
-    model, packed = options.load_for_sampling(options.model, options.steps, options.transformer)
-    clock.lap("load")
-    request = options.request(model)
     # The settings of the plain request: a task may run another sampler, or other guidance.
     names = ("n", "steps", "sampler", "spacing", "guidance", "distilled_guidance", "prompt_weights")
+
+    def check(model: "LatentDiffusion") -> None:
+        request = options.request(model, early=True)
+        model.settings(**{name: getattr(request, name) for name in names})
+        check_prompts(model, request)
+
+    check_words(options)
+    set_threads(options.threads)
+    clock.lap("import")
+    options.check_early(check, options.sampler)
+    model, packed = options.load_for_sampling(options.steps)
+    clock.lap("load")
+    request = options.request(model)
     settings = model.settings(**{name: getattr(request, name) for name in names})
     plan = prepare(model, request)
     plan = model.fitted(plan if isinstance(plan, Plan) else model.plan(plan))
     with sampling_progress(name, clock) as on_step:
         images = model.run(plan, on_step=on_step, batch=options.batch)
     clock.lap("decode")
-    optional = ("prompt_2", "negative_prompt_2", "transformer", "dtype", "device", "batch")
+    optional = ("prompt_2", "negative_prompt_2", *READING, "dtype", "device", "batch")
     parameters = {
         "task": name,
         "prompt": request.prompt,

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sfumato.cli._options import parse, recorded, torch_dtype, unset
+from sfumato.cli._options import parse, recorded, refuse, torch_dtype, unset
 from sfumato.cli._output import progress, readable_size
 from sfumato.errors import UserError
+from sfumato.io.paths import expand_user
 
 Dtype = Literal["bf16", "fp16", "fp32", "fp8", "fp8-scaled"]
 
@@ -36,12 +37,16 @@ class Convert:
     """Family of a file's network if its keys fit several: dit or sit."""
     variant: Annotated[str | None, unset("none")] = None
     """Variant of a folder's files to prefer, such as fp16."""
+    tokenizer: Annotated[Path | None, unset("the file's, or this machine's")] = None
+    """Folder with the tokenizer of a file with a U-Net; --config is for other files."""
+    vae: Annotated[Path | None, unset("the source's")] = None
+    """Folder or file with an autoencoder to store instead of a U-Net's own."""
 
 
 def convert(arguments: Sequence[str]) -> None:
     """Convert a model: folder, original single file, GGUF; bf16, fp16, fp32, fp8."""
     options = parse(Convert, arguments, "convert")
-    source, target = options.source.expanduser(), options.target.expanduser()
+    source, target = expand_user(options.source), expand_user(options.target)
     whole = target.suffix == ".safetensors"
     if target.exists():
         raise UserError(
@@ -71,12 +76,14 @@ def convert(arguments: Sequence[str]) -> None:
             "such as dit or sit"
         )
     storing = StoreOptions(dtype, options.dtype == "fp8-scaled")
-    config = options.config.expanduser() if options.config else None
+    config = expand_user(options.config) if options.config else None
     network = classes[0] if classes else None
     opened = open_source(source, storing, config, options.variant, network)
     if opened is None:
         _convert_unet(options, source, target, dtype)
         return
+    reason = f" is for U-Nets, and {options.source} holds a transformer: leave it out"
+    refuse(options, f"{reason}; --config DIR brings tokenizers", "tokenizer", "vae")
     with progress("converting") as update:
         counts = (to_file if whole else to_folder)(opened, target, storing, update)
     tensors = ", ".join(f"{name} ({n} tensors)" for name, n in counts.items())
@@ -104,7 +111,14 @@ def _convert_unet(options: Convert, source: Path, target: Path, dtype: Any) -> N
             "leave it out"
         )
     dtype = dtype or torch.float32
-    model = open_model(source, LoadOptions(dtype=dtype, variant=options.variant, stored=True))
+    reading = LoadOptions(
+        dtype=dtype,
+        variant=options.variant,
+        tokenizer=options.tokenizer,
+        vae=None if options.vae is None else expand_user(options.vae),
+        stored=True,
+    )
+    model = open_model(source, reading)
     save_model(model, target, dtype, source)
     print(f"{options.target}: {_size(target)}")
 

@@ -6,13 +6,22 @@ images in [0, 1].
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from sfumato.cli._options import MODELS, Seed, at_least, load_guide_model, parse, unset
+from sfumato.cli._names import check_names
+from sfumato.cli._options import (
+    MODELS,
+    ModelOptions,
+    Seed,
+    at_least,
+    load_guide_model,
+    parse,
+    unset,
+)
 from sfumato.cli._output import Clock, log_to_stderr, progress
 from sfumato.cli._run import set_threads
 from sfumato.errors import UserError
@@ -29,14 +38,14 @@ if TYPE_CHECKING:
     from sfumato.model import LatentDiffusion
 
 
-@dataclass(frozen=True)
-class Evaluate:
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(ModelOptions):
     """Measure a model against real images.
 
     Metrics: Frechet distance, precision and recall, coverage, memorisation, reconstruction.
     """
 
-    model: tyro.conf.Positional[str]
+    model: tyro.conf.Positional[str] = field()  # required, unlike other commands'
     """Bundled name, folder in the diffusers layout, single file or Hub id."""
     data: str
     """Training data of the model: fashion-mnist, a folder, a .parquet file or hf:NAME."""
@@ -91,6 +100,8 @@ def evaluate(arguments: Sequence[str]) -> None:
     clock = Clock()
     options = parse(Evaluate, arguments, "evaluate")
     at_least(options, 1, "batch", "steps", "unconditional_steps", "limit", "threads")
+    at_least(options, 0, "clip_skip")
+    check_names(options.sampler, options.spacing, options.guidance)
     at_least(options, 6, "samples")  # k + 1 neighbours
     seed_number("--seed", options.seed, max(options.samples, options.unconditional_samples))
     if options.unconditional_samples and options.unconditional_samples < 6:
@@ -114,10 +125,14 @@ def evaluate(arguments: Sequence[str]) -> None:
     from sfumato.evaluate import load_features
     from sfumato.loading import load
 
+    settings = {name: getattr(options, name) for name in ("sampler", "spacing", "guidance")}
+    options.check_early(
+        lambda model: model.settings(steps=options.steps, **settings), options.sampler
+    )
     set_threads(options.threads)
     log_to_stderr()
     clock.lap("import")
-    model = load(options.model)
+    model = load(options.model, **options.reading(options.sampler))
     features = load_features(options.features)
     clock.lap("load")
     train, test = _images(model, options)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import tyro
 
+from sfumato.cli._names import check_words
 from sfumato.cli._options import (
     MODELS,
     Decoding,
@@ -101,8 +102,10 @@ REQUIRED: dict[str, Kind] = {
 """Parameters of a PNG that make its request, with their types."""
 LATER: dict[str, Kind] = {"spacing": str, "timesteps": list, "decoding": str}
 """The same of parameters that the oldest PNG files lack, and that may be null."""
+PATHS = ("transformer", "vae", "tokenizer")
 OPTIONAL: dict[str, Kind] = {
-    **dict.fromkeys(("transformer", "dtype", "device"), str),
+    **dict.fromkeys((*PATHS, "variant", "revision", "truncation", "dtype", "device"), str),
+    "clip_skip": int,
     "distilled_guidance": _NUMBER,
     **dict.fromkeys(("prompt_2", "negative_prompt_2", "prompt_weights"), str),
     "variation_strength": _NUMBER,
@@ -140,13 +143,13 @@ def generate(arguments: Sequence[str]) -> None:
     name = f"{short(options.source.stem)}-again" if options.source else slug(options.prompt)
     base = check_options(options, name, numbered=index is None, by_seed=not again)
 
+    check_words(options, options.timesteps)
     set_threads(options.threads, previous.get("threads"))
     clock.lap("import")
+    options.check_early(lambda model: _check_plan(model, options), options.sampler)
     steps = max(len(options.timesteps) - 1, 1) if options.timesteps else options.steps
     pack = previous.get("packed")
-    model, packed = options.load_for_sampling(
-        options.model, steps, options.transformer, pack if isinstance(pack, bool) else None
-    )
+    model, packed = options.load_for_sampling(steps, pack=pack if isinstance(pack, bool) else None)
     if options.n is None:
         options = replace(options, n=_count(model, options))
         base.files(options.n, several=not options.grid)
@@ -157,7 +160,7 @@ def generate(arguments: Sequence[str]) -> None:
         options = replace(options, prompt_weights="a1111")
     refiner = None
     if options.refiner is not None:
-        refiner, _ = options.load_for_sampling(options.refiner, steps, pack=packed)
+        refiner, _ = options.load_for_sampling(steps, options.refiner, packed)
         if previous.get("refiner") and same:
             _check_same_model(refiner, "refiner", options, previous)
     request = _request(model, options)
@@ -211,6 +214,22 @@ def _count(model: "LatentDiffusion", options: Generate) -> int:
     return 1 if model.conditioner.encoders or max(sides) > SMALL else MANY
 
 
+def _check_plan(model: "LatentDiffusion", options: Generate) -> None:
+    """Plan the run of a model's outline: raises every `UserError` of the request."""
+    if options.n is None:
+        options = replace(options, n=_count(model, options))
+    plan = model.plan(_request(model, options, early=True))
+    if options.refiner is not None:
+        from sfumato.loading import outline
+        from sfumato.tasks.refine import handover
+
+        refiner = outline(options.refiner, options.variant)
+        if refiner is not None:
+            assert options.handover is not None
+            same = replace(plan, request=plan.explicit_request())
+            handover(model, refiner, same, at=options.handover)
+
+
 def _check_same_model(
     model: "LatentDiffusion", role: str, options: Generate, previous: dict[str, Any]
 ) -> None:
@@ -262,11 +281,11 @@ def _hash_of_guide(request: "Request") -> str | None:
     return guide.hash if isinstance(guide, LatentDiffusion) else None
 
 
-def _request(model: "LatentDiffusion", options: Generate) -> "Request":
-    """The request of the options."""
+def _request(model: "LatentDiffusion", options: Generate, early: bool = False) -> "Request":
+    """The request of the options; `early` as in `RunOptions.request`."""
     from sfumato.tasks.variations import vary
 
-    request = replace(options.request(model), timesteps=list(options.timesteps) or None)
+    request = replace(options.request(model, early), timesteps=list(options.timesteps) or None)
     if options.variation_strength is None:
         return request
     return vary(request, seed=options.variation_seed, strength=options.variation_strength)
@@ -300,8 +319,7 @@ def _recorded_options(previous: dict[str, Any], source: Path) -> Generate:
             f"the parameters in {source} name decoding {values['decoding']!r}: {changed}"
         )
     values["timesteps"] = tuple(values.get("timesteps") or ())
-    if values.get("transformer") is not None:
-        values["transformer"] = Path(values["transformer"])
+    values |= {name: Path(values[name]) for name in PATHS if values.get(name) is not None}
     return Generate(**values)
 
 

@@ -7,21 +7,23 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
-from sfumato.cli._options import parse
+from sfumato.cli._names import check_names
+from sfumato.cli._options import MODELS, ModelOptions, at_least, parse, unset
 from sfumato.cli._output import readable_size
 from sfumato.errors import UserError
+from sfumato.io.paths import expand_user
 
 CHECKS = "images do not depend on the batch"
 FEW = 20
 """Names of classes that a table has room for."""
 
 
-@dataclass(frozen=True)
-class Info:
+@dataclass(frozen=True, kw_only=True)
+class Info(ModelOptions):
     """Describe a model: parts, parameters, latent space, schedule, defaults, classes, memory.
 
     With --machine: processor, instruction sets, threads, methods of layers, and a check that no
@@ -30,6 +32,8 @@ class Info:
 
     model: tyro.conf.Positional[str] = "fashion"
     """Bundled name, folder in the diffusers layout, single file or Hub id."""
+    sampler: Annotated[str | None, unset(MODELS)] = None
+    """Sampler, for a folder whose scheduler class is not known."""
     machine: bool = False
     """Describe this machine instead of a model."""
     json: bool = False
@@ -41,6 +45,8 @@ class Info:
 def info(arguments: Sequence[str]) -> None:
     """Describe a model: parts, parameters, latent space, defaults, memory, files."""
     options = parse(Info, arguments, "info")
+    at_least(options, 0, "clip_skip")
+    check_names(options.sampler, None, None)
     if options.machine:
         if options.model != Info.model:
             raise UserError(
@@ -56,16 +62,17 @@ def info(arguments: Sequence[str]) -> None:
     from sfumato.loading import load, open_model
 
     place = _place(options.model)
-    memory = None if place is None else report(place)
+    memory = None if place is None else report(place, options.variant)
+    reading = options.reading(options.sampler)
     facts: dict[str, Any] = {"model": options.model}
     if options.hash:
         limit: dict[str, Any] = {}
         fits = {} if memory is None else memory["ways"].get("in memory, float32", {})
         if memory is not None and not fits.get("fits", True):
             limit["memory"] = memory["machine"]["available"]
-        facts["hash"] = load(options.model, **limit).hash
+        facts["hash"] = load(options.model, **limit, **reading).hash
     # the weights stay in their files
-    model = open_model(options.model, LoadOptions(stored=True))
+    model = open_model(options.model, LoadOptions(stored=True, **reading))
     facts |= model.describe(hash=False)
     facts.setdefault("class_names", list(model.class_names))
     if memory is not None:
@@ -190,7 +197,7 @@ def _place(model: str) -> Path | None:
     import sfumato
 
     bundled = Path(sfumato.__file__).parent / "bundled" / model
-    return next((p for p in (Path(model).expanduser(), bundled) if p.exists()), None)
+    return next((p for p in (expand_user(model), bundled) if p.exists()), None)
 
 
 def _files(place: Path) -> dict[str, str]:

@@ -7,15 +7,17 @@ from typing import Annotated
 
 import tyro
 
-from sfumato.cli._options import MODELS, Seed, at_least, parse, unset
+from sfumato.cli._names import check_names
+from sfumato.cli._options import MODELS, ModelOptions, Seed, at_least, parse, unset
 from sfumato.cli._output import Clock, progress
 from sfumato.cli._run import set_threads
 from sfumato.errors import UserError
+from sfumato.io.paths import expand_user
 from sfumato.validate import seed_number
 
 
-@dataclass(frozen=True)
-class TuneTimesteps:
+@dataclass(frozen=True, kw_only=True)
+class TuneTimesteps(ModelOptions):
     """Find the timesteps whose runs end nearest to a run of a thousand steps.
 
     Then `generate` uses them for that sampler and number of steps (spacing "tuned"). The table
@@ -56,9 +58,11 @@ def tune_timesteps(arguments: Sequence[str]) -> None:
     at_least(options, 0, "iterations")
     seed_number("--seed", options.seed, 2 * options.images)
     at_least(options, 1, "threads")
+    at_least(options, 0, "clip_skip")
+    check_names(options.sampler, None, options.guidance)
     if not options.steps:
         raise UserError("--steps is empty: expected one number of steps, or several")
-    folder = Path(options.model).expanduser()
+    folder = expand_user(options.model)
     if options.out is None and not (folder / "model_index.json").is_file():
         raise UserError(
             f"{options.model!r} is not a folder that can keep the times: "
@@ -87,9 +91,11 @@ def tune_timesteps(arguments: Sequence[str]) -> None:
             f"{options.model!r} is the bundled model: write ./{options.model} for the folder of "
             "that name, or add --out FOLDER"
         )
-    model = load(options.model)
     if options.out is not None:
         check_target(options.out)
+    settings = {"sampler": options.sampler, "guidance": options.guidance}
+    options.check_early(lambda model: model.settings(**settings), options.sampler)
+    model = load(options.model, **options.reading(options.sampler))
     clock.lap("load")
     with progress("searching") as update:
         results = search(

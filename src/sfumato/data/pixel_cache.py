@@ -23,6 +23,7 @@ from torch import Tensor
 from sfumato.data.transform import to_float
 from sfumato.errors import UserError
 from sfumato.io.atomic import NotWritten, hash_bytes, hash_json, read_tensors, write_tensors
+from sfumato.io.paths import expand_user
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class PixelCache:
     def place(self) -> Path:
         """The folder."""
         if self.folder is not None:
-            return self.folder.expanduser()
+            return expand_user(self.folder)
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         return Path(base) / "sfumato" / "pixels"
 

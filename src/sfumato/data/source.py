@@ -21,6 +21,7 @@ from sfumato.data.reading import Reading, Splits, canonical_split
 from sfumato.data.scan import scan
 from sfumato.data.transform import Transform
 from sfumato.errors import UserError, unknown
+from sfumato.io.paths import expand_user
 from sfumato.validate import one_of, positive_int
 
 T = TypeVar("T")
@@ -152,7 +153,7 @@ def splits_of(
         return parquet.hub_splits(name.removeprefix("hf:"), reading, part)
     if name == "fashion-mnist":
         return _idx_splits(idx.fashion_mnist_folder(), name)
-    path = Path(source).expanduser()
+    path = expand_user(source)
     if not path.exists():
         raise UserError(
             f"{name} does not exist: "

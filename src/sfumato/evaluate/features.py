@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from sfumato.errors import UserError
 from sfumato.evaluate.inputs import Images, check_images
 from sfumato.io.atomic import hash_json, hash_tensors, read_tensors
+from sfumato.io.paths import expand_user
+from sfumato.io.signatures import another_kind
 
 SPECS = (
     "fashion",
@@ -128,9 +130,9 @@ def load_features(spec: str, device: str = "cpu") -> Features:
     if spec == "efficientnet-lite0":
         return _efficientnet(device)
     if spec.startswith("inception:"):
-        return _inception(Path(spec.removeprefix("inception:")).expanduser(), device)
-    if Path(spec).expanduser().is_dir():
-        return _fashion(Path(spec).name, Path(spec).expanduser(), device)
+        return _inception(expand_user(spec.removeprefix("inception:")), device)
+    if expand_user(spec).is_dir():
+        return _fashion(Path(spec).name, expand_user(spec), device)
     if ":" in spec:
         return _imported(spec, device)
     raise UserError(f"features {spec!r} are not known: expected one of {', '.join(SPECS)}")
@@ -205,7 +207,8 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # pickle, zip and torch each raise their own kind
         kind = type(error).__name__
         problem = f"{path} is neither TorchScript nor a state dict of tensors ({kind})"
-        raise UserError(f"{problem}: give pt_inception-2015-12-05") from error
+        remedy = another_kind(path) or "give pt_inception-2015-12-05"
+        raise UserError(f"{problem}: {remedy}") from error
     if not isinstance(tensors, dict) or not all(isinstance(v, Tensor) for v in tensors.values()):
         raise UserError(f"{path} holds {type(tensors).__name__}: expected a state dict of tensors")
     return tensors

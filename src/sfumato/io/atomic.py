@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import UserError
+from sfumato.io.signatures import another_kind, is_safetensors
 
 if TYPE_CHECKING:
     import torch
@@ -202,15 +203,18 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file; a missing or broken one is a `UserError` that names it."""
+    """Read a JSON file in UTF-8; a missing or broken one is a `UserError` that names it.
+
+    A mark of the encoding at its beginning, as some editors write it, is allowed.
+    """
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: expected a JSON file there") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} is not valid JSON ({error}): it may be truncated; copy or download it again"
-        ) from error
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, too many digits or brackets
+        kind = another_kind(path, "text")
+        reason = f": {kind}" if kind else f" ({error}): it may be truncated; copy it again"
+        raise UserError(f"{path} is not valid JSON{reason}") from error
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}): expected a JSON file that you may read"
@@ -325,10 +329,11 @@ def open_tensors(path: str | Path) -> tuple[dict[str, "torch.Tensor"], dict[str,
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: expected a safetensors file there") from error
     except (SafetensorError, ValueError, OSError) as error:
-        raise UserError(
-            f"{path} is not a whole safetensors file ({error}): it may be truncated; "
-            "copy or download it again"
-        ) from error
+        if Path(path).is_dir():
+            raise UserError(f"{path} is a folder: expected a safetensors file there") from error
+        kind = None if is_safetensors(path) else another_kind(path)
+        reason = f": {kind}" if kind else f" ({error}): it may be truncated; copy it again"
+        raise UserError(f"{path} is not a whole safetensors file{reason}") from error
 
 
 def hash_bytes(*parts: bytes | str) -> str:

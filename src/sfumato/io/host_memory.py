@@ -14,11 +14,12 @@ import sys
 from bisect import bisect_right
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -29,8 +30,13 @@ def parse_size(size: int | str) -> int:
     """Parse a size in bytes: an integer, or a text such as "3GB" (10^9), "1.5GiB" or "800 MB".
 
     Raises:
-        UserError: anything else, and sizes below 1 byte.
+        UserError: anything else, sizes below 1 byte, and a text without a unit, which people mean
+            in gigabytes and programs in bytes.
     """
+    if isinstance(size, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*", size):
+        raise UserError(
+            f"memory {size!r} has no unit: expected one, as in {size.strip()}GB or 800MB"
+        )
     match = _SIZE.fullmatch(size.upper()) if isinstance(size, str) else None
     if match is not None and match[2] in _UNITS:
         count = int(float(match[1]) * _UNITS[match[2]])
@@ -128,7 +134,7 @@ class MappedRanges:
                     begin, end = addresses.split("-")
                     self._ranges.append((int(begin, 16), int(end, 16)))
 
-    def __contains__(self, tensor: Tensor) -> bool:
+    def __contains__(self, tensor: "torch.Tensor") -> bool:
         """Return True for a contiguous tensor in a mapped file, so that dropping loses nothing."""
         if not tensor.is_cpu or not tensor.is_contiguous() or not tensor.nbytes:
             return False
@@ -137,17 +143,17 @@ class MappedRanges:
         return at >= 0 and begin + tensor.nbytes <= self._ranges[at][1]
 
 
-def drop_pages(tensor: Tensor) -> None:
+def drop_pages(tensor: "torch.Tensor") -> None:
     """Drop the pages of a tensor in `MappedRanges`. Values of other tensors would be lost."""
     _advise(tensor, mmap.MADV_DONTNEED)
 
 
-def prefetch_pages(tensor: Tensor) -> None:
+def prefetch_pages(tensor: "torch.Tensor") -> None:
     """Prefetch the pages of a tensor in `MappedRanges` from the disk."""
     _advise(tensor, mmap.MADV_WILLNEED)
 
 
-def _advise(tensor: Tensor, advice: int) -> None:
+def _advise(tensor: "torch.Tensor", advice: int) -> None:
     call, begin, page = _madvise(), tensor.data_ptr(), mmap.PAGESIZE
     assert call is not None, "see can_drop_pages"
     end = begin + tensor.nbytes

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import UserError
+from sfumato.io.signatures import ZIP, another_kind, first_bytes, is_pickle
 
 _NESTS = ("state_dict", "module")
 """Entries of checkpoints that hold the weights: Lightning's, DeepSpeed's."""
@@ -51,26 +52,32 @@ def read_pickle(path: str | Path) -> dict[str, Any]:
         ]
         with torch.serialization.safe_globals(harmless):
             values = torch.load(path, map_location="cpu", weights_only=True, mmap=_zipped(path))
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is refused: {_reason(error)}; "
-            "use a .safetensors file, which holds numbers only"
-        ) from error
     except Exception as error:  # a damaged pickle can raise nearly anything from inside torch
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{path} cannot be read ({type(error).__name__}: {reason}): it may be truncated; "
-            "copy or download it again"
-        ) from error
+        raise _refusal(path, error) from error
     if not isinstance(values, Mapping):
         raise UserError(f"{path} holds a {type(values).__name__}: expected a dictionary of tensors")
     return {str(k): v for k, v in values.items()}
 
 
+def _refusal(path: Path, error: Exception) -> UserError:
+    kind = None if is_pickle(path) else another_kind(path)
+    if kind is not None:
+        return UserError(f"{path} is not a pickle of tensors: {kind}")
+    if isinstance(error, pickle.UnpicklingError):
+        return UserError(
+            f"{path} is refused: {_reason(error)}; "
+            "use a .safetensors file, which holds numbers only"
+        )
+    reason = " ".join(str(error).split())[:200]
+    return UserError(
+        f"{path} cannot be read ({type(error).__name__}: {reason}): it may be truncated; "
+        "copy or download it again"
+    )
+
+
 def _zipped(path: Path) -> bool:
     """Return True for torch's zip format (1.6 and later), which can be memory-mapped."""
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+    return first_bytes(path, len(ZIP)) == ZIP
 
 
 def _reason(error: pickle.UnpicklingError) -> str:

@@ -21,6 +21,7 @@ from sfumato.io import host_memory
 from sfumato.io.atomic import read_json, read_tensors
 from sfumato.io.key_marks import require_unquantized, unwrapped
 from sfumato.io.pickles import read_pickle
+from sfumato.io.signatures import is_safetensors
 
 ENDINGS = (".safetensors", ".bin")
 EIGHTS = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -33,7 +34,7 @@ Kind = tuple[tuple[int, ...], torch.dtype]
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or is_safetensors(path):
         return read_tensors(path)
     values = read_pickle(path)
     strange = [k for k, v in values.items() if not isinstance(v, Tensor)]
@@ -113,7 +114,8 @@ def no_weights(
     """
     present = "nothing" if files is None else ", ".join(files)
     variants = variants_of(files or (), stem)
-    hint = f"ask for variant {' or '.join(map(repr, variants))}"
+    flags = " or ".join(f"--variant {name}" for name in variants)
+    hint = f"ask for variant {' or '.join(map(repr, variants))} ({flags})"
     mark = f".{variant}" if variant else ""
     return UserError(
         f"{folder} has no weights {stem}{mark}.safetensors (it has {present}): "

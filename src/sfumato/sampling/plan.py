@@ -232,7 +232,7 @@ def _guidance(model: Model, request: Request) -> tuple[Guidance, float | None]:
         if distilled is not None:
             raise UserError(
                 f"distilled_guidance={distilled}: this model is not guidance-distilled; "
-                f"expected guidance={distilled}"
+                f"expected guidance={distilled} (--guidance {distilled})"
             )
         return guidance, None
     scale_alone = request.guidance is not None and isinstance(guidance.to_json(), int | float)
@@ -435,7 +435,7 @@ def _check_negative_prompt(request: Request, settings: Settings) -> None:
         raise UserError(
             f"negative prompt {negative!r} with distilled guidance {distilled:g} alone, in which "
             "nothing is moved away from it: give guidance above 1 for a second pass, "
-            f"and distilled_guidance={distilled:g} beside it"
+            f"and distilled_guidance={distilled:g} (--distilled-guidance) beside it"
         )
     raise UserError(
         f"negative prompt {negative!r} with guidance {guidance}: "

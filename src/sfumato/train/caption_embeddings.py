@@ -13,6 +13,7 @@ from torch import Tensor
 from sfumato.checkpoints.formats.folder import read_index
 from sfumato.errors import UserError
 from sfumato.io.atomic import hash_json, hash_tensors, read_tensors, write_tensors
+from sfumato.io.paths import expand_user
 from sfumato.predict.conditioners import text_conditioner_class, text_encoder_classes
 from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.conditioners.sentence_text import SentenceText
@@ -154,7 +155,7 @@ def open_text_conditioner(folder: str | Path) -> Conditioner:
     Raises:
         UserError: For another folder.
     """
-    folder = Path(folder).expanduser()
+    folder = expand_user(folder)
     index = folder / "model_index.json"
     if index.exists():
         classes = text_encoder_classes(read_index(folder), index)

@@ -8,6 +8,7 @@ reads prompts in a new way one conditioner in `predict/conditioners/`.
 from sfumato.checkpoints.families._base import AUTOENCODERS, NETWORK, Family
 from sfumato.checkpoints.families._registry import (
     by_components,
+    by_index,
     by_name,
     by_network,
     by_parts,
@@ -18,7 +19,7 @@ from sfumato.checkpoints.families._registry import (
     write,
 )
 from sfumato.checkpoints.families._transformer import FLOW, TransformerFamily, untold_latents
-from sfumato.checkpoints.families._unet import read_unet
+from sfumato.checkpoints.families._unet import UNetFamily, read_unet
 
 __all__ = [
     "AUTOENCODERS",
@@ -26,7 +27,9 @@ __all__ = [
     "NETWORK",
     "Family",
     "TransformerFamily",
+    "UNetFamily",
     "by_components",
+    "by_index",
     "by_name",
     "by_network",
     "by_parts",

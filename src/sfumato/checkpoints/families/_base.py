@@ -332,7 +332,8 @@ class Family(ABC):
         """
         pipeline = str(index.get("_class_name"))
         starts = [start for start in self.pipelines if pipeline.startswith(start)]
-        return dict(self.pipelines[max(starts, key=len)]) if starts else {}
+        name = max(starts, key=len, default=next(iter(self.pipelines), None))
+        return {} if name is None else dict(self.pipelines[name])
 
     def guidance(self, conditioner: Conditioner) -> dict[str, Any]:
         """The guidance of models that diffusers has no pipeline for."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Component, RawCheckpoint
 from sfumato.checkpoints.families._base import Family
@@ -40,6 +41,22 @@ def by_pipeline(pipeline: str) -> Family | None:
     starts = {start: family for family in registered() for start in family.pipelines}
     fitting = [start for start in starts if pipeline.startswith(start)]
     return starts[max(fitting, key=len)] if fitting else None
+
+
+def by_index(index: Mapping[str, Any]) -> Family | None:
+    """The family of a model's folder.
+
+    It is that of its pipeline; for one that diffusers does not have (a community's), that of its
+    transformer.
+
+    Args:
+        index: model_index.json.
+    """
+    family = by_pipeline(str(index.get("_class_name")))
+    network = index.get("transformer")
+    if family is not None or not isinstance(network, list):
+        return family
+    return by_network(network[-1]) if network else None
 
 
 def by_components(components: Mapping[str, Component]) -> Family | None:

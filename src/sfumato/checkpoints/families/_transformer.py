@@ -208,7 +208,7 @@ class TransformerFamily(Family):
             raise UserError(
                 f"{checkpoint.path} holds {names} alone: give a folder with the other parts of its "
                 "model, and this as its transformer "
-                "(load(FOLDER, transformer=FILE), --transformer FILE)"
+                "(--model FOLDER --transformer FILE, or load(FOLDER, transformer=FILE))"
             )
 
     @property

@@ -288,7 +288,8 @@ class UNetFamily(Family):
         if not {"unet", "vae"} <= checkpoint.components.keys():
             raise UserError(
                 f"{checkpoint.path} holds {' and '.join(checkpoint.components)}: "
-                "a model needs a U-Net and an autoencoder; give the file that has both"
+                "a model needs a U-Net and an autoencoder; give the file that has both, "
+                "or the autoencoder beside it (--vae FILE)"
             )
 
     def adjusted(self, prediction: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 safetensors   .safetensors, .sft          gguf     .gguf, or a file that begins with GGUF
 pickle        .ckpt, .bin, .pt, .pth      folded   a model's folder in one safetensors file
 folder        a model's folder in diffusers' layout
+lone_vae      an autoencoder that replaces a model's own
 """
 
 from pathlib import Path
@@ -19,9 +20,14 @@ from sfumato.io.atomic import open_tensors
 from sfumato.io.key_marks import require_unquantized, unwrapped
 from sfumato.io.pickles import read_pickle, state_dict
 from sfumato.io.safetensors import scale_keys
+from sfumato.io.signatures import another_kind, is_safetensors
 
 SAFE = (".safetensors", ".sft")
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+
+
+class NotMapped(UserError):
+    """A file whose weights are no views of it: they are computed, or pickled."""
 
 
 def open_file(
@@ -40,14 +46,14 @@ def open_file(
         UserError: a file that is missing, damaged, quantised or of another kind, a pickle that
             would run code, or a file that cannot be streamed where it must be.
     """
-    if mapped and path.suffix in PICKLES:
-        raise UserError(
+    if mapped and path.suffix in PICKLES and not is_safetensors(path):
+        raise NotMapped(
             f"{path} is pickled and cannot be streamed: "
-            "open it without memory=, `save` it as safetensors, and stream that"
+            "`sfumato convert` it to safetensors, and stream that"
         )
     raw = _open(path, dtype)
     if mapped and not raw.mapped:
-        raise UserError(
+        raise NotMapped(
             f"{path} cannot be streamed: its weights are quantised, or have scales; "
             "`sfumato convert` it to a folder in bf16, and stream that"
         )
@@ -55,7 +61,11 @@ def open_file(
 
 
 def _open(path: Path, dtype: torch.dtype) -> RawCheckpoint:
-    if path.suffix in SAFE:
+    # A name can be wrong. A pickle is read under the name of one only: it may be refused there.
+    safe = is_safetensors(path)
+    if is_gguf(path) or (path.suffix == ".gguf" and not safe):
+        return RawCheckpoint(read_gguf(path, dtype).tensors, {}, path, mapped=False)
+    if path.suffix in SAFE or safe:
         tensors, metadata = open_tensors(path)
         require_unquantized(tensors, path)
         mapped = not scale_keys({key: tensor.dtype for key, tensor in tensors.items()})
@@ -70,9 +80,9 @@ def _open(path: Path, dtype: torch.dtype) -> RawCheckpoint:
         require_unquantized(weights, path)
         table = from_tensors(_unwrapped(weights, path))
         return RawCheckpoint(table, metadata, path, mapped=False)
-    if path.suffix == ".gguf" or is_gguf(path):
-        return RawCheckpoint(read_gguf(path, dtype).tensors, {}, path, mapped=False)
-    raise UserError(f"{path}: expected a file that ends in {', '.join((*SAFE, *PICKLES, '.gguf'))}")
+    endings = f"expected a file that ends in {', '.join((*SAFE, *PICKLES, '.gguf'))}"
+    kind = another_kind(path)
+    raise UserError(f"{path}: {endings}; {kind}" if kind else f"{path}: {endings}")
 
 
 def _unwrapped(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -215,14 +215,21 @@ def _modern(key: str) -> str:
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:
-    """Read model_index.json of a model folder; a folder without one is a `UserError`."""
+    """Read model_index.json of a model folder; a folder without one is a `UserError`.
+
+    A community pipeline's class is [file, class]: the file is code, which is not run.
+    """
     path = Path(folder) / "model_index.json"
     if not path.exists():
         raise UserError(
             f"{folder} is not a model folder: it has no model_index.json; "
             "give a folder that `model.save` or diffusers wrote"
         )
-    return read_table(path)
+    index = read_table(path)
+    name = index.get("_class_name")
+    if isinstance(name, list) and name:
+        index["_class_name"] = name[-1]
+    return index
 
 
 def read(path: Path, name: str, options: LoadOptions) -> Checkpoint:
@@ -239,8 +246,7 @@ def read(path: Path, name: str, options: LoadOptions) -> Checkpoint:
         UserError: a folder without network or autoencoder, or with damaged files.
     """
     index = read_index(path)
-    pipeline = str(index.get("_class_name"))
-    family = families.by_pipeline(pipeline)
+    family = families.by_index(index)
     vae = "vae" if family is None else family.autoencoder_folder
     part = next((name for name in NETWORKS if index.get(name, [None, None]) != [None, None]), None)
     if options.transformer is not None and part != "unet":
@@ -253,7 +259,7 @@ def read(path: Path, name: str, options: LoadOptions) -> Checkpoint:
         )
     require_variant(path, options.variant)
     defaults = {} if family is None else dict(family.autoencoder_defaults)
-    components = {"vae": read_component(path / vae, options.variant, defaults, index=index)}
+    components = {"vae": _read_vae(path / vae, options, defaults, index)}
     if options.transformer is None:
         components[part] = read_component(path / part, options.variant, index=index)
     else:
@@ -284,6 +290,16 @@ def _read_scheduler(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
     return of_class(read_table(path), index.get(folder.name), path)
 
 
+def _read_vae(
+    folder: Path, options: LoadOptions, defaults: dict[str, Any], index: dict[str, Any]
+) -> Component:
+    """Read the autoencoder, or its config alone where another one will replace it."""
+    if options.vae is None:
+        return read_component(folder, options.variant, defaults, index=index)
+    config = folder / "config.json"
+    return Component({**defaults, **(read_table(config) if config.exists() else {})}, {})
+
+
 def _override(folder: Path, part: str, file: Path, options: LoadOptions) -> Component:
     """Read the network of a single file, with the config of a model's folder.
 
@@ -302,7 +318,7 @@ def _override(folder: Path, part: str, file: Path, options: LoadOptions) -> Comp
     """
     if not file.is_file():
         raise UserError(
-            f"transformer={file} was not found: expected a file with a diffusion transformer, "
+            f"the transformer {file} was not found: expected a file with a diffusion transformer, "
             "such as a .safetensors or .gguf file"
         )
     place = folder / part / "config.json"
@@ -315,13 +331,13 @@ def _override(folder: Path, part: str, file: Path, options: LoadOptions) -> Comp
     if part == "transformer" and families.by_network(config.get("_class_name")) is None:
         raise UserError(
             f"{place} is of class {config.get('_class_name')!r}, "
-            f"which has no files of its own: leave out transformer={file}"
+            f"which has no files of its own: leave out the transformer {file}"
         )
     raw = open_file(file, options.opened or torch.float32, mapped=options.opened is None)
     raw = raw if options.opened is None else raw.checked()
     if is_folded(raw.metadata):
         raise UserError(
-            f"transformer={file} is a whole model in sfumato's own layout: open it by itself"
+            f"the transformer {file} is a whole model in sfumato's own layout: open it by itself"
         )
     if part == "unet":
         return replace(families.read_unet(raw, config), config_file=place, path=file)
@@ -330,7 +346,7 @@ def _override(folder: Path, part: str, file: Path, options: LoadOptions) -> Comp
     if not candidates:
         shown = ", ".join(sorted(raw.tensors)[:4])
         raise UserError(
-            f"transformer={file} holds no diffusion transformer under its original names "
+            f"the transformer {file} holds no diffusion transformer under its original names "
             f"(its first keys: {shown})"
         )
     named = network_class(raw.metadata) or config["_class_name"]
@@ -347,7 +363,7 @@ def _read_conditioner(
     need none.
     """
     encoders = text_encoder_classes(index, path / "model_index.json")
-    family = families.by_pipeline(str(index.get("_class_name")))
+    family = families.by_index(index)
     if encoders:
         preferred = None if family is None else family.conditioner_class
         kind = text_conditioner_class(encoders, path, preferred)

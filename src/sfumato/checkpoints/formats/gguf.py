@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sfumato.checkpoints.lazy_tensor import LazyTensor
 from sfumato.errors import UserError
+from sfumato.io.signatures import another_kind, first_bytes
 
 MAGIC = b"GGUF"
 _SHAPE = "comfy.gguf.orig_shape."
@@ -36,11 +37,7 @@ _PLAIN = ("F16", "F32", "F64")
 
 def is_gguf(path: str | Path) -> bool:
     """Return True for a file that begins with GGUF's magic number."""
-    try:
-        with Path(path).open("rb") as file:
-            return file.read(4) == MAGIC
-    except OSError:
-        return False
+    return first_bytes(path, len(MAGIC)) == MAGIC
 
 
 @dataclass(frozen=True)
@@ -73,9 +70,9 @@ def read_gguf(path: str | Path, dtype: torch.dtype = torch.float32) -> GGUF:
     if not path.is_file():
         raise UserError(f"{path} is missing: expected a GGUF file there")
     if not is_gguf(path):
+        kind = another_kind(path) or "give one, or a .safetensors file"
         raise UserError(
-            f"{path} is not a GGUF file (it does not begin with {MAGIC.decode()}): "
-            "give one, or a .safetensors file"
+            f"{path} is not a GGUF file (it does not begin with {MAGIC.decode()}): {kind}"
         )
     reader = _opened(path)
     fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}

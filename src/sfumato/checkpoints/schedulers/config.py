@@ -20,6 +20,7 @@ from sfumato.checkpoints.schedulers.fields import (
     EDM_CLASSES,
     OWN_CLASS,
     TABLE_CLASSES,
+    UNSUPPORTED,
     class_names,
     read_fields,
 )
@@ -81,6 +82,22 @@ def read_scheduler(
 def from_scheduler_config(values: Mapping[str, Any]) -> Process:
     """Return the process of a scheduler config alone, without a warning about its sampler."""
     return _read(values, None).process
+
+
+def as_plain_class(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config of an unknown class as one of the class that has most of its fields.
+
+    Other fields are left out: they are of the sampler, which another one replaces.
+
+    Args:
+        values: The JSON object of scheduler_config.json.
+    """
+    if str(values.get("_class_name")).removeprefix("Flax") in (*CLASSES, *UNSUPPORTED, OWN_CLASS):
+        return dict(values)
+    plain = ("DDIMScheduler", "EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler")
+    name = max(plain, key=lambda kind: len(CLASSES[kind].keys() & values.keys()))
+    shared = {field: value for field, value in values.items() if field in CLASSES[name]}
+    return {**shared, "_class_name": name}
 
 
 def _read(values: Mapping[str, Any], even: bool | None) -> SchedulerSpec:

@@ -223,7 +223,8 @@ def _class_of(name: Any) -> str:
     raise UserError(
         f"scheduler class {name!r} is not known: {hint}DDIMScheduler and "
         "EulerDiscreteScheduler sample any table of betas, "
-        "FlowMatchEulerDiscreteScheduler any flow"
+        "FlowMatchEulerDiscreteScheduler any flow; with --sampler NAME the model opens as one of "
+        "them, by the fields that they share"
     )
 
 

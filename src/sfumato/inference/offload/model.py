@@ -79,8 +79,8 @@ def offload_model(
     where = _device(device)
     if where.type == "cpu" and not can_drop_pages():
         raise UserError(
-            "memory= on the CPU needs Linux, which can drop pages of files: "
-            "open the model without it"
+            "a memory limit on the CPU needs Linux, which can drop pages of files: "
+            "open the model without --memory (memory=)"
         )
     memory = MemoryBudget(limit, where)
     computed = dtype or next(model.denoiser.network.parameters()).dtype
@@ -117,7 +117,7 @@ def _device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=result)
     if result.type not in ("cpu", "cuda"):
         raise UserError(
-            f"device {str(device)!r} with memory=: "
+            f"device {str(device)!r} with a memory limit: "
             "expected cpu or cuda, which weights can stream to"
         )
     return result

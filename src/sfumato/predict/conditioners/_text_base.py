@@ -6,7 +6,7 @@ padding.
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar, cast
 
@@ -238,6 +238,15 @@ class TextConditioner(Conditioner):
             **settings,
             **{f"{self.part}{end}": e.identity() for end, e in self.encoders.items()},
         }
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Self:
+        """The same conditioner with other settings, where they are not None."""
+        changes = {name: value for name, value in settings.items() if value is not None}
+        names = {f.name for f in fields(self.config)}
+        super().with_settings({k: v for k, v in changes.items() if k not in names})
+        if not changes:
+            return self
+        return replace(cast(Any, self), config=replace(cast(Any, self.config), **changes))
 
     def with_encoders(self, encoders: Mapping[str, Encoder]) -> Self:
         """The same conditioner with other text encoders, by the keys of `encoders`."""

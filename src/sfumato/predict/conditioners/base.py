@@ -189,6 +189,23 @@ class Conditioner(ABC):
         """
         return self
 
+    def with_settings(self, settings: Mapping[str, Any]) -> Self:
+        """The same conditioner with other settings, where they are not None.
+
+        Args:
+            settings: Setting -> value, such as clip_skip.
+
+        Raises:
+            UserError: For a setting that it does not have, or an impossible value.
+        """
+        for name, value in settings.items():
+            if value is not None:
+                raise UserError(
+                    f"{name} {value}: the prompts of this model are read by {self.name}, "
+                    "which has no such setting; leave it out"
+                )
+        return self
+
     def with_encoders(self, encoders: Mapping[str, Encoder]) -> Self:
         """The same conditioner with other text encoders; itself where there are none.
 

@@ -218,7 +218,7 @@ class ClipText(TextConditioner):
             reason = "BREAK" if len(parts) > 1 else f"{count} tokens"
             raise UserError(
                 f"prompt {quoted(text)} has {reason}: expected at most {room} tokens in one chunk; "
-                "shorten it, or set truncation='chunks'"
+                "shorten it, or set truncation='chunks' (--truncation chunks)"
             )
         if len(parts) > 1 and not parts[-1]:  # BREAK at the end begins no chunk
             del parts[-1]

@@ -100,5 +100,5 @@ class T5Text(SingleEncoderText):
 
     @classmethod
     def _default_settings(cls, folder: Path, encoders: Mapping[str, Any]) -> Mapping[str, Any]:
-        pipeline = read_optional_json(folder / "model_index.json").get("_class_name")
+        pipeline = str(read_optional_json(folder / "model_index.json").get("_class_name"))
         return {"max_sequence_length": LENGTHS[pipeline]} if pipeline in LENGTHS else {}

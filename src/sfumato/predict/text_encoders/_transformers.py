@@ -26,6 +26,7 @@ from sfumato.io.safetensors import (
     read_weights,
     require_finite,
 )
+from sfumato.io.signatures import odd_file
 from sfumato.validate import whole_number
 
 log = logging.getLogger("sfumato")
@@ -76,8 +77,8 @@ def check_length(tokenizer: Any, text: str, length: int, prompt: str, special: b
         frame = count - len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
         raise UserError(
             f"prompt {quoted(prompt)} has {count - frame} tokens: expected at most "
-            f"{length - frame}; shorten it, set truncation='cut', or raise "
-            f"max_sequence_length={length}"
+            f"{length - frame}; shorten it, set truncation='cut' (--truncation cut), or raise "
+            f"max_sequence_length={length} in the model's conditioner/config.json"
         )
 
 
@@ -242,8 +243,19 @@ def open_tokenizer(
     stored = str(read_optional_json(config).get("tokenizer_class", name))
     if name not in ("AutoTokenizer", stored.removesuffix("Fast")):
         raise UserError(f"{config} is of class {stored!r}: expected {name}")
+    texts = (file for group in files for file in group if not file.endswith(".model"))
+    if odd := odd_file(folder / file for file in texts):
+        raise UserError(odd)
     with explained(folder, ANY):
-        return getattr(transformers, name).from_pretrained(folder, local_files_only=True, **options)
+        tokenizer = getattr(transformers, name).from_pretrained(
+            folder, local_files_only=True, **options
+        )
+    length = tokenizer.model_max_length
+    if isinstance(length, bool) or not isinstance(length, int | float):
+        raise UserError(
+            f"{folder}: tokenizer's model_max_length={length!r}: expected a whole number"
+        )
+    return tokenizer
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:

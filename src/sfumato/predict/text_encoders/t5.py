@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sfumato.errors import UserError, explained
 from sfumato.io.atomic import atomic_file
+from sfumato.io.signatures import another_kind
 from sfumato.predict.text_encoders._transformers import (
     ANY,
     build_network,
@@ -122,7 +123,8 @@ def _require_sentencepiece(folder: Path) -> None:
         ) from error
     except (OSError, RuntimeError, TypeError) as error:
         raise UserError(
-            f"{folder}/{SPIECE} is not a SentencePiece model: copy or download it again"
+            f"{folder}/{SPIECE} is not a SentencePiece model: "
+            f"{another_kind(folder / SPIECE) or 'copy or download it again'}"
         ) from error
 
 

@@ -1,0 +1,251 @@
+"""Refusals in time: names before torch is imported, all settings before a weight is read.
+
+Flags for the way in which a model's files are read, which messages name as remedies.
+"""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import sfumato
+from helpers import family_models, single_files
+from helpers.errors import assert_one_sentence
+from helpers.models import tiny_model
+from helpers.pipelines import tiny_pipeline
+from helpers.processes import run_python
+from sfumato.cli import main
+from sfumato.cli._names import SPACINGS, guidance_names
+from sfumato.diffuse import timesteps
+from sfumato.errors import UserError
+from sfumato.io import safetensors
+from sfumato.loading import outline
+from sfumato.predict.conditioners.clip_text import ClipText
+
+FREE = [
+    ("generate", "--sampler", "bogus"),
+    ("generate", "--sampler", "ddim:eta"),
+    ("generate", "--spacing", "karas"),
+    ("generate", "--guidance", "3 intervall"),
+    ("generate", "--height", "0"),
+    ("generate", "--steps", "-1"),
+    ("generate", "--memory", "10"),
+    ("generate", "--memory", "much"),
+    ("generate", "--clip-skip", "-1"),
+    ("generate", "--out", "/dev/null/x.png"),
+    ("edit", "missing.png", "winter"),
+    ("vary", "here.png", "--way", "sideways"),
+    ("vary", "here.png", "--strength", "2"),
+    ("inpaint", "here.png", "--mask", "missing.png"),
+    ("upscale", "here.png", "--sampler", "bogus"),
+    ("interpolate", "--images", "here.png", "missing.png"),
+    ("evaluate", "fashion", "--data", "x", "--spacing", "bogus"),
+    ("tune-timesteps", "fashion", "--out", "new", "--guidance", "x"),
+    ("info", "fashion", "--sampler", "bogus"),
+]
+"""Command lines that are refused without a model."""
+
+
+def test_faults_of_the_command_line_alone_are_refused_before_torch(tmp_path: Path) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "here.png")
+    program = """
+import json, sys
+from sfumato.cli import main
+for words in json.loads(sys.argv[1]):
+    print(main(words), "torch" not in sys.modules, words)
+"""
+    done = run_python("-c", program, json.dumps(FREE), cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(FREE)
+    assert all(line.startswith("2 True") for line in lines), done.stdout
+    assert "unforeseen" not in done.stderr and len(done.stderr.splitlines()) == len(lines)
+    assert [path.name for path in tmp_path.iterdir()] == ["here.png"]
+
+
+def test_names_are_those_of_the_library() -> None:
+    from sfumato.predict.guidance.settings import FOLDERS, Guidance
+
+    assert set(SPACINGS) == {*timesteps.SPACINGS, "tuned"} and len(FOLDERS) == 3
+    with pytest.raises(UserError) as caught:
+        Guidance.parse("2 bogus")
+    assert all(name in str(caught.value) for name in guidance_names())
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("early")
+    tiny_model().save(place / "own")
+    tiny_model().save(place / "own.safetensors")
+    for kind in ("SD 1", "SDXL"):
+        tiny_pipeline(kind).save_pretrained(place / kind)
+    return {path.name: path for path in place.iterdir()}
+
+
+SETTINGS = [
+    ("own", "generate bag --sampler ddim:eta=x"),
+    ("own", "generate bag --sampler ddim:strength=1"),
+    ("own", "generate bag --spacing karras:rho=x"),
+    ("own", "generate bag --spacing tuned"),
+    ("own", "generate bag --guidance '3 interval:low=x'"),
+    ("own", "generate bag --guidance -1"),
+    ("own", "generate bag --distilled-guidance 3"),
+    ("own", "generate bag --timesteps 1 1 0"),
+    ("own", "generate bag --steps 3 --sampler ddim_inversion"),
+    ("own", "generate bagg"),
+    ("own", "generate bag --negative-prompt bagg"),
+    ("own", "generate bag --prompt-2 bag"),
+    ("own", "generate bag --refiner ./missing"),
+    ("own", "generate bag --refiner {sd1}"),
+    ("own", "generate bag --guidance '2 model:path=./missing'"),
+    ("own", "vary here.png bagg"),
+    ("own", "edit here.png bag --sampler ddim:eta=x"),
+    ("own", "interpolate bag bag --to-seed 3 --distilled-guidance 2"),
+    ("SD 1", "generate cat --height 9 --width 9 --spacing beta:alpha=x"),
+    ("SD 1", "generate cat --prompt-2 dog"),
+    ("SD 1", "generate cat --clip-skip 50"),
+    ("SDXL", "generate cat --truncation cut"),
+    ("SDXL", "generate cat --sampler lms:order=99"),
+    ("own", "evaluate {own} --data x --sampler ddim:eta=x"),
+    ("own", "tune-timesteps {own} --guidance '2 interval:low=x'"),
+]
+
+
+@pytest.mark.parametrize(("kind", "line"), SETTINGS)
+def test_settings_are_refused_before_a_weight_is_read(
+    kind: str,
+    line: str,
+    models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (16, 16)).save("here.png")
+    read: list[object] = []
+    monkeypatch.setattr(safetensors, "_finite", lambda numbers: read.append(numbers) or True)
+    monkeypatch.setattr("sfumato.loading.load", lambda *a, **k: read.append(a))
+    words = shlex.split(line.format(own=models["own"], sd1=shlex.quote(str(models["SD 1"]))))
+    own = [] if words[0] in ("evaluate", "tune-timesteps") else ["--model", str(models[kind])]
+    assert main([*words, *own]) == 2
+    err = capsys.readouterr().err
+    assert not read, f"weights were read before: {err}"
+    assert_one_sentence(UserError(err.strip()), "sfumato: ")
+    assert [p.name for p in tmp_path.iterdir()] == ["here.png"]
+
+
+@pytest.mark.parametrize("kind", ["own", "SD 1", "SDXL"])
+def test_an_outline_reads_no_weight(
+    kind: str, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its plan is the model's own."""
+    request = {"prompt": "bag" if kind == "own" else "a cat", "steps": 3, "n": 2}
+    expected = sfumato.load(models[kind]).plan(request)
+    monkeypatch.setattr(safetensors, "_finite", lambda numbers: pytest.fail("a weight was read"))
+    model = outline(models[kind])
+    assert model is not None
+    plan = model.plan(request)
+    assert (plan.to_json(), plan.timesteps) == (expected.to_json(), expected.timesteps)
+    with pytest.raises(pytest.fail.Exception):
+        sfumato.load(models[kind])
+
+
+def test_models_whose_weights_are_computed_have_no_outline(models: dict[str, Path]) -> None:
+    assert outline(models["own.safetensors"]) is None
+    assert main(["generate", "bagg", "--model", str(models["own.safetensors"])]) == 2
+
+
+# ---- flags for the way in which files are read ---------------------------------------------------
+
+
+def draw(*flags: str | Path, model: Path, out: Path) -> dict[str, Any]:
+    """The parameters of a PNG that the command line draws with these flags."""
+    from sfumato.images import read_parameters
+
+    words = ["generate", "cat", "--n", "1", "--steps", "1", "--no-grid", "--overwrite"]
+    assert main([*words, "--model", str(model), "--out", str(out), *map(str, flags)]) == 0
+    return read_parameters(next(out.glob("*.png")))
+
+
+@pytest.fixture
+def sd1(models: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(models["SD 1"], tmp_path / "model"))
+
+
+def test_clip_skip_is_that_of_the_library(sd1: Path, tmp_path: Path) -> None:
+    out = tmp_path / "images"
+    out.mkdir()
+    plain, skipped = (draw(*f, model=sd1, out=out) for f in ((), ("--clip-skip", "1")))
+    assert plain["model_hash"] != skipped["model_hash"]
+    assert "clip_skip" not in plain and skipped["clip_skip"] == 1
+    model = sfumato.load(sd1, clip_skip=1)
+    assert isinstance(model.conditioner, ClipText) and model.conditioner.config.clip_skip == 1
+    assert model.hash == skipped["model_hash"]
+    with pytest.raises(UserError, match="clip_skip 1: the prompts of this model"):
+        tiny_model().save(tmp_path / "own")
+        sfumato.load(tmp_path / "own", clip_skip=1)
+
+
+def test_another_vae(sd1: Path, models: dict[str, Path], tmp_path: Path) -> None:
+    """A folder, a model's folder, a file of diffusers' names: each the other model's own."""
+    other = Path(shutil.copytree(sd1 / "vae", tmp_path / "other"))
+    file = next(other.glob("*.safetensors"))
+    tensors = {k: v * 1.01 for k, v in safetensors.read_tensors(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    loose = Path(shutil.copy(file, tmp_path / "loose.safetensors"))
+    whole = tmp_path / "whole"
+    shutil.copytree(other, whole / "vae")
+    for place in (other, loose, whole):
+        model = sfumato.load(sd1, vae=place)
+        state = model.autoencoder.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in tensors.items())
+        assert model.autoencoder.space == sfumato.load(sd1).autoencoder.space
+    original = tmp_path / "original.safetensors"  # in the layout of Stable Diffusion's authors
+    vae = family_models.component(family_models.vae())
+    single_files.save(original, single_files.gather({"vae": vae}, {}))
+    state = sfumato.load(sd1, vae=original).autoencoder.state_dict()
+    assert all(torch.equal(state[key], lazy.load()) for key, lazy in vae.tensors.items())
+    (sd1 / "vae" / file.name).unlink()  # the own one may be missing
+    out = tmp_path / "images"
+    out.mkdir()
+    assert draw("--vae", loose, model=sd1, out=out)["vae"] == str(loose)
+    for place, words in (
+        (tmp_path / "gone", r"the autoencoder .* was not found"),
+        (sd1 / "unet" / file.name, r"of no known layout|no autoencoder"),
+    ):
+        with pytest.raises(UserError, match=words):
+            sfumato.load(sd1, vae=place)
+
+
+def test_variants_have_a_flag(sd1: Path, tmp_path: Path) -> None:
+    for file in sd1.rglob("*.safetensors"):
+        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    with pytest.raises(UserError, match=r"ask for variant 'fp16' \(--variant fp16\)"):
+        sfumato.load(sd1)
+    out = tmp_path / "images"
+    out.mkdir()
+    assert draw("--variant", "fp16", model=sd1, out=out)["variant"] == "fp16"
+    assert main(["info", str(sd1), "--variant", "fp16"]) == 0
+    assert main(["info", str(sd1)]) == 2
+
+
+def test_an_unknown_scheduler_opens_with_a_sampler(sd1: Path, tmp_path: Path) -> None:
+    """Its process is that of the fields that schedulers share."""
+    expected = sfumato.load(sd1)
+    config = sd1 / "scheduler" / "scheduler_config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "_class_name": "MyScheduler", "my_field": 3}))
+    with pytest.raises(UserError, match=r"'MyScheduler' is not known: .*; with --sampler NAME"):
+        sfumato.load(sd1)
+    model = sfumato.load(sd1, sampler="euler")
+    assert model.denoiser.process == expected.denoiser.process
+    assert model.defaults.sampler == "euler"
+    out = tmp_path / "images"
+    out.mkdir()
+    assert draw("--sampler", "heun", model=sd1, out=out)["sampler"] == "heun"
+    assert main(["info", str(sd1), "--sampler", "euler"]) == 0
