@@ -17,7 +17,17 @@ from torch import Tensor
 
 from helpers.tensors import normal, uniform
 from sfumato.errors import NumericalError, UserError
-from sfumato.evaluate import Features, evaluate_reconstruction, evaluate_samples, measure_speed
+from sfumato.evaluate import (
+    Features,
+    check_fit,
+    choose_features,
+    evaluate_reconstruction,
+    evaluate_samples,
+    load_features,
+    measure_speed,
+    prepare_reference,
+    sanity,
+)
 from sfumato.evaluate.classes import classes, deviation_from_even
 from sfumato.evaluate.frechet import (
     GaussianStatistics,
@@ -307,8 +317,10 @@ def report_parts(**changes):
     }
     samples, labels = arguments.pop("samples"), arguments.pop("labels")
     train, test = uniform(90, 3, 16, 16, seed=2), uniform(60, 3, 16, 16, seed=3)
+    seed = arguments.pop("seed", 0)
+    reference = prepare_reference(train, test, toy_features(), seed=seed)
     fixed = {"test_labels": torch.arange(60) % 8, "settings": {"steps": 4}}
-    return evaluate_samples(samples, labels, train, test, toy_features(), **fixed, **arguments)
+    return evaluate_samples(samples, labels, reference, **fixed, **arguments)
 
 
 def test_report_is_the_same_to_the_last_digit() -> None:
@@ -321,7 +333,7 @@ def test_report_is_the_same_to_the_last_digit() -> None:
     result = json.loads(texts[0])
     names = (
         "frechet_distance precision recall density coverage memorisation_ratio "
-        "memorisation_share class_accuracy psnr psnr_mean ssim"
+        "memorisation_share class_accuracy psnr psnr_mean ssim sanity_noise sanity_flat"
     )
     assert {*names.split(), "reconstruction_frechet_distance"} == set(result["metrics"])
     assert all(isinstance(m["floor"], float) for m in result["metrics"].values())
@@ -402,7 +414,7 @@ def test_neighbour_picture_shows_the_copied_image() -> None:
     train, test = uniform(90, 1, 16, 16, seed=2), uniform(60, 1, 16, 16, seed=3)
     samples = uniform(30, 1, 16, 16, seed=4)
     samples[7] = train[33]
-    report = evaluate_samples(samples, None, train, test, toy_features())
+    report = evaluate_samples(samples, None, prepare_reference(train, test, toy_features()))
     picture = torch.from_numpy(np.array(Image.open(io.BytesIO(report.figures[2].png))))
     # a copy is the nearest, so it comes first
     assert torch.equal(picture[:64, :64], picture[66:130, :64])
@@ -410,6 +422,93 @@ def test_neighbour_picture_shows_the_copied_image() -> None:
         (train[33, 0] * 255).round().to(torch.uint8).repeat_interleave(4, 0).repeat_interleave(4, 1)
     )
     assert torch.equal(picture[:64, :64, 0], expected)
+
+
+def test_value_and_floor_are_of_equal_counts() -> None:
+    """More samples than held-out images: the first ones count, and all stand beside them."""
+    many = uniform(100, 3, 16, 16, seed=1)
+    report, equal = (
+        report_parts(samples=many, labels=None),
+        report_parts(samples=many[:60], labels=None),
+    )
+    for name in ("frechet_distance", "precision", "recall", "density", "coverage"):
+        assert report[name].value == equal[name].value and report[name].floor == equal[name].floor
+    assert report.settings["n"] == 100 and report.settings["floor_n"] == 60
+    every = report["frechet_distance_all"]
+    # of one distribution: the distance falls as the number of samples grows
+    assert every.floor is None and every.value < report["frechet_distance"].value
+    assert "frechet_distance_all" not in {metric.name for metric in equal.metrics}
+
+
+# Features that fit, and their sanity
+
+
+def photographs(count: int, seed: int) -> Tensor:
+    """Smooth random images: large shapes of different brightness."""
+    coarse = uniform(count, 3, 4, 4, seed=seed)
+    return torch.nn.functional.interpolate(coarse, size=16, mode="bilinear", align_corners=True)
+
+
+def means_of_images() -> Features:
+    """One mean a channel: features that cannot tell an image from a flat colour."""
+    return Features("means", "1" * 64, 3, "none", lambda images: images.mean((2, 3)))
+
+
+def test_worthless_images_are_far_from_real_ones_in_features_that_count() -> None:
+    train, test = photographs(90, 1), photographs(60, 2)
+    reference = prepare_reference(train, test, toy_features())
+    good = reference.sanity(60)
+    assert good.separates and good.count == 60
+    good.require("toy")
+    report = evaluate_samples(photographs(60, 3), None, reference)
+    assert report["sanity_flat"].value == good.flat > 2 * report["sanity_flat"].floor
+    blind = prepare_reference(train, test, means_of_images()).sanity(60)
+    assert blind.flat == pytest.approx(blind.floor, rel=1e-3) and not blind.separates
+    with pytest.raises(
+        UserError, match="features 'means' with 60 images do not tell worthless images from real"
+    ):
+        blind.require("means")
+
+
+def test_sanity_of_flat_colours_in_closed_form() -> None:
+    """For the mean of each channel, flat colours of real images are these real images."""
+    test = photographs(50, 2)
+    reference = prepare_reference(photographs(90, 1), test, means_of_images())
+    floor = frechet_distance(gaussian(test.mean((2, 3)), "1" * 64), reference.statistics)
+    result = sanity(reference.features, test, reference.statistics, floor)
+    assert result.flat == pytest.approx(floor, rel=1e-4)
+    assert result.noise > 10 * floor  # its means are all 1/2
+
+
+@pytest.mark.parametrize(
+    ("channels", "side", "classes", "spec"),
+    [
+        (1, 28, ("bag", "fashion"), "efficientnet-lite0"),
+        (3, 28, (), "efficientnet-lite0"),
+        (1, 256, (), "efficientnet-lite0"),
+        (3, 512, (), "efficientnet-lite0"),
+    ],
+)
+def test_features_are_chosen_by_the_images(
+    channels: int, side: int, classes: tuple[str, ...], spec: str
+) -> None:
+    assert choose_features(channels, side, classes) == spec
+
+
+def test_features_of_other_images_are_refused() -> None:
+    fashion = load_features("fashion")
+    assert choose_features(1, 28, fashion.class_names[::-1]) == "fashion"
+    check_fit(fashion, 1, 28, fashion.class_names)
+    check_fit(fashion, 1, 32)
+    for kind, words in (
+        ((3, 28), "are of grey images, and these have 3 channels"),
+        ((1, 64), "are of images of 28 pixels, and these have 64"),
+        ((1, 28, ("zero", "one")), "are of the classes .*, and these images are of zero, one"),
+    ):
+        with pytest.raises(UserError, match=f"features 'fashion' {words}.*'efficientnet-lite0'"):
+            check_fit(fashion, *kind)
+    with pytest.raises(UserError, match="grey images, and these have 3 channels"):
+        prepare_reference(uniform(20, 3, 28, 28), uniform(20, 3, 28, 28), fashion)
 
 
 # Refusals: one sentence each

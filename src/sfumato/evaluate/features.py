@@ -11,11 +11,17 @@ arXiv:2104.11222).
     "inception:PATH"      2048 features: a TorchScript file, or the state dict
                           `pt_inception-2015-12-05`
     "module:attribute"    any torch module, (B, 3, H, W) in [0, 1] -> (B, D), that Python can import
+    "auto"                "fashion" for its own classes in grey, about 28x28; else
+                          "efficientnet-lite0"
+
+Features that ignore what distinguishes good images from bad ones measure nothing: those of grey
+28x28 images give colour photographs and grey blobs about the same distance. `check_fit` refuses
+images of another kind than the network's, and `sfumato.evaluate.sanity` measures the rest.
 """
 
 import importlib
 import importlib.resources
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -32,6 +38,7 @@ from sfumato.io.paths import expand_user
 from sfumato.io.signatures import another_kind
 
 SPECS = (
+    "auto",
     "fashion",
     "efficientnet-lite0",
     "inception:PATH",
@@ -79,7 +86,8 @@ class Features:
         network: Images on `device` -> features.
         classifier: Images on `device` -> logits; None where it has no classes.
         class_names: Empty where it has no classes.
-        channels: 3, or 1 where the network takes images as they are.
+        channels: 3, or 1 for a network of grey images.
+        size: Side of the images that the network was trained on; None: it takes any size.
         device: Of the network.
     """
 
@@ -92,6 +100,7 @@ class Features:
     class_names: tuple[str, ...] = ()
     channels: int = 3
     device: str = "cpu"
+    size: int | None = None
 
     def _ready(self, images: Tensor) -> Tensor:
         images = images.to(self.device, torch.float32)
@@ -114,11 +123,60 @@ class Features:
         return self.classifier(self._ready(images)).float().cpu()
 
 
+def choose_features(channels: int, side: int, class_names: Sequence[str] = ()) -> str:
+    """Choose the spec that "auto" stands for.
+
+    Args:
+        channels: Of the images, 1 or 3.
+        side: The longer side of the images, in pixels.
+        class_names: Classes of the images.
+    """
+    from sfumato.evaluate.fashion_classifier import CLASS_NAMES, ClassifierConfig
+
+    near = _is_near(side, ClassifierConfig().size)
+    same = channels == 1 and near and set(class_names) == set(CLASS_NAMES)
+    return "fashion" if same else "efficientnet-lite0"
+
+
+def check_fit(
+    features: Features, channels: int, side: int, class_names: Sequence[str] = ()
+) -> None:
+    """Raise `UserError` for images of another kind than those that the network was trained on.
+
+    Args:
+        features: The network.
+        channels: Of the images, 1 or 3.
+        side: The longer side of the images, in pixels.
+        class_names: Classes of the images; empty: unknown.
+    """
+    advice = "choose 'efficientnet-lite0', 'inception:PATH' or a network of your own"
+    if features.channels < channels:
+        raise UserError(
+            f"features {features.name!r} are of grey images, and these have {channels} channels: "
+            f"their colours would not count; {advice}"
+        )
+    if features.size is not None and not _is_near(side, features.size):
+        raise UserError(
+            f"features {features.name!r} are of images of {features.size} pixels, and these have "
+            f"{side}: their details would not count; {advice}"
+        )
+    classes = features.class_names
+    if features.size is not None and classes and class_names and set(classes) != set(class_names):
+        raise UserError(
+            f"features {features.name!r} are of the classes {', '.join(classes[:3])} ..., and "
+            f"these images are of {', '.join(map(str, class_names[:3]))} ...: {advice}"
+        )
+
+
+def _is_near(side: int, size: int) -> bool:
+    return size / 2 <= side <= 2 * size
+
+
 def load_features(spec: str, device: str = "cpu") -> Features:
     """Load a feature network.
 
     Args:
-        spec: One of the list at the top of the file.
+        spec: One of the list at the top of the file, but "auto" (see `choose_features`).
         device: Of the network.
 
     Raises:
@@ -145,7 +203,18 @@ def _fashion(name: str, folder: Path, device: str) -> Features:
     network, config = network.to(device), network.config
     resize = f"grey, {config.size}x{config.size} bilinear antialiased"
     classes = tuple(config.class_names)
-    return Features(name, digest, config.dim, resize, network.features, network, classes, 1, device)
+    return Features(
+        name,
+        digest,
+        config.dim,
+        resize,
+        network.features,
+        network,
+        classes,
+        channels=1,
+        device=device,
+        size=config.size,
+    )
 
 
 def _efficientnet(device: str) -> Features:

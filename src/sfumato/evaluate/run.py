@@ -1,20 +1,23 @@
 """From images to a report: `evaluate_samples` and `evaluate_reconstruction`.
 
-    Frechet distance   n samples against *all* training images; floor: n held-out real images
+    Frechet distance   m samples against *all* training images; floor: m held-out real images
                        against the same reference
-    precision ...      n samples against n training images; floor: n held-out images against the
-                       same n
+    precision ...      m samples against m training images; floor: m held-out images against the
+                       same m
+    sanity             Frechet distances of noise and of flat colours (sanity.py)
     memorisation       samples' distances to the training set beside those of held-out images;
                        floor: one half of these beside the other
     classes            the requested label beside the classifier's guess; floor: the classifier on
                        held-out images
 
-Training and held-out images are disjoint by the caller's split. Where fewer than n held-out images
-exist, the floor is made of those, and the settings report `floor_n`: the floor of the Frechet
-distance is then too high.
+Training and held-out images are disjoint by the caller's split. A number that depends on the number
+of images is compared at an equal one: m is the number of samples n or, where there are fewer, that
+of the held-out images. The first m samples count then, the settings report m as `floor_n`, and the
+Frechet distance of all n stands beside it without a floor.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,10 +27,10 @@ from torch import Tensor
 from sfumato.errors import UserError
 from sfumato.evaluate import figures
 from sfumato.evaluate.classes import Classes, classes
-from sfumato.evaluate.features import Features, extract
+from sfumato.evaluate.features import Features, check_fit, extract
 from sfumato.evaluate.features import classify as classify_all
 from sfumato.evaluate.figures import Figure
-from sfumato.evaluate.frechet import frechet_distance, gaussian
+from sfumato.evaluate.frechet import GaussianStatistics, frechet_distance, gaussian
 from sfumato.evaluate.inputs import (
     Images,
     ImageSource,
@@ -42,6 +45,7 @@ from sfumato.evaluate.memorisation import memorisation
 from sfumato.evaluate.precision_recall import expected_coverage, manifold
 from sfumato.evaluate.reconstruction import reconstruction
 from sfumato.evaluate.report import Metric, Report, Rows
+from sfumato.evaluate.sanity import Sanity, sanity
 from sfumato.evaluate.throughput import Speed
 
 NEIGHBOURS = 3
@@ -77,19 +81,90 @@ def _class_metrics(values: Classes, floor: Classes, names: tuple[str, ...]) -> t
     return metric, Rows("Classes", columns, tuple(rows))
 
 
-def evaluate_samples(
-    samples: ImageSource,
-    labels: Int64[Tensor, " N"] | None,
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Real images and their features: what samples are compared with.
+
+    Attributes:
+        train: The training images (M, C, H, W) in [0, 1].
+        test: Real images (T, C, H, W) that are not in the training set.
+        features: The feature network.
+        train_features: (M, D).
+        test_features: (T, D).
+        statistics: Of the training images' features.
+        k: Neighbours for precision, recall, density and coverage.
+        seed: Of all random choices.
+    """
+
+    train: Tensor
+    test: Tensor
+    features: Features
+    train_features: Tensor
+    test_features: Tensor
+    statistics: GaussianStatistics
+    k: int
+    seed: int
+
+    def floor_rows(self, count: int) -> Int64[Tensor, " m"]:
+        """Choose the held-out images that `count` samples are compared with: as many, or all."""
+        return choose(len(self.test), min(count, len(self.test)), self.seed)
+
+    def sanity(self, count: int) -> Sanity:
+        """Measure noise and flat colours, as many as `count` samples are compared by."""
+        rows = self.floor_rows(count)
+        network = self.features.hash
+        floor = frechet_distance(gaussian(self.test_features[rows], network), self.statistics)
+        return sanity(self.features, self.test[rows], self.statistics, floor, self.seed)
+
+
+def prepare_reference(
     real_train: Float[Tensor, "M C H W"],
     real_test: Float[Tensor, "T C H W"],
     features: Features,
+    *,
+    k: int = 5,
+    seed: int = 0,
+) -> Reference:
+    """Check real images and compute their features, once for several measurements.
+
+    Args:
+        real_train: The training images in [0, 1]: reference of the Frechet distance, source of
+            nearest neighbours.
+        real_test: Real images that are not in the training set: the floor.
+        features: The network whose features are compared.
+        k: Neighbours for precision, recall, density and coverage.
+        seed: Of all random choices.
+
+    Raises:
+        UserError: For images outside [0, 1], too few of them, and images of another kind than the
+            feature network's.
+        NumericalError: For NaN.
+    """
+    train = check_images(real_train, "training images")
+    test = check_images(real_test, "test images")
+    if train.shape[1:] != test.shape[1:]:
+        both = f"{tuple(train.shape[1:])} and test images {tuple(test.shape[1:])}"
+        raise UserError(f"training images have shape {both}: expected equal channels and sides")
+    if len(train) < k + 1 or len(test) < 2 * (k + 1):
+        raise UserError(
+            f"{len(train)} training and {len(test)} test images are too few: "
+            f"expected at least k + 1 = {k + 1} training images, and {2 * (k + 1)} test images"
+        )
+    check_fit(features, train.shape[1], max(train.shape[2:]))
+    f_train, f_test = extract(features, train), extract(features, test)
+    statistics = gaussian(f_train, features.hash)
+    return Reference(train, test, features, f_train, f_test, statistics, k, seed)
+
+
+def evaluate_samples(
+    samples: ImageSource,
+    labels: Int64[Tensor, " N"] | None,
+    reference: Reference,
     *,
     train_labels: Int64[Tensor, " M"] | None = None,
     test_labels: Int64[Tensor, " T"] | None = None,
     n: int | None = None,
     batch: int = 100,
-    seed: int = 0,
-    k: int = 5,
     settings: Mapping[str, Any] | None = None,
     speed: Speed | None = None,
     title: str = "Samples",
@@ -101,16 +176,11 @@ def evaluate_samples(
             `n`.
         labels: The requested class of each sample; None for unconditional samples, whose classes
             are only counted.
-        real_train: The training images: reference of the Frechet distance, source of nearest
-            neighbours.
-        real_test: Real images that are not in the training set: the floor.
-        features: The network whose features are compared.
-        train_labels: Classes of `real_train`, for the figure.
-        test_labels: Classes of `real_test`, for the classifier's own accuracy.
+        reference: The real images, of `prepare_reference`.
+        train_labels: Classes of the training images, for the figure.
+        test_labels: Classes of the held-out images, for the classifier's own accuracy.
         n: Number of samples; None: all.
         batch: Samples that the function makes at a time.
-        seed: Of the samples and of all random choices.
-        k: Neighbours for precision, recall, density and coverage.
         settings: Entries of the report's settings: steps, sampler, guidance.
         speed: The measured speed of sampling, for the report.
         title: Of the report.
@@ -119,37 +189,40 @@ def evaluate_samples(
         UserError: For images outside [0, 1], different sizes, or fewer than k + 1 samples.
         NumericalError: For NaN.
     """
+    train, test, features = reference.train, reference.test, reference.features
+    k, seed = reference.k, reference.seed
     shown = draw(samples, n, batch, seed)
-    train = check_images(real_train, "training images")
-    test = check_images(real_test, "test images")
-    for name, images in (("training images", train), ("test images", test)):
-        if images.shape[1:] != shown.shape[1:]:
-            both = f"{tuple(shown.shape[1:])} and {name} {tuple(images.shape[1:])}"
-            raise UserError(f"samples have shape {both}: expected equal channels and sides")
+    if train.shape[1:] != shown.shape[1:]:
+        both = f"{tuple(shown.shape[1:])} and training images {tuple(train.shape[1:])}"
+        raise UserError(f"samples have shape {both}: expected equal channels and sides")
     count = len(shown)
-    if count < k + 1 or len(train) < k + 1 or len(test) < 2 * (k + 1):
-        raise UserError(
-            f"{count} samples, {len(train)} training and {len(test)} test images are too few: "
-            f"expected at least k + 1 = {k + 1} of each, and twice as many of the last"
-        )
-    floor_rows = choose(len(test), min(count, len(test)), seed)
+    if count < k + 1:
+        raise UserError(f"{count} samples are too few: expected at least k + 1 = {k + 1}")
+    floor_rows = reference.floor_rows(count)
+    equal = len(floor_rows)
 
-    f_samples, f_train, f_test = (extract(features, images) for images in (shown, train, test))
+    f_samples = extract(features, shown)
+    f_train, f_test = reference.train_features, reference.test_features
     f_floor = f_test[floor_rows]
-    f_near = f_train[choose(len(train), min(count, len(train)), seed)]
-    reference = gaussian(f_train, features.hash)
+    f_near = f_train[choose(len(train), min(equal, len(train)), seed)]
     distance, floor_distance = (
-        frechet_distance(gaussian(f, features.hash), reference) for f in (f_samples, f_floor)
+        frechet_distance(gaussian(f, features.hash), reference.statistics)
+        for f in (f_samples[:equal], f_floor)
     )
-    near, near_floor = manifold(f_near, f_samples, k), manifold(f_near, f_floor, k)
+    near, near_floor = manifold(f_near, f_samples[:equal], k), manifold(f_near, f_floor, k)
     expected = expected_coverage(near.real_count, near.sample_count, near.k)
     copies = memorisation(f_samples, f_train, f_test, min(NEIGHBOURS, len(f_train)))
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed))
     half = len(test) // 2
     copies_floor = memorisation(f_test[order[:half]], f_train, f_test[order[half:]])
-    about = f"{count} samples, {len(train)} real images, features {features.name}"
-    metrics = (
-        Metric("frechet_distance", distance, floor_distance, "lower", about),
+    about = f"{equal} samples, {len(train)} real images, features {features.name}"
+    metrics = (Metric("frechet_distance", distance, floor_distance, "lower", about),)
+    if count > equal:
+        every = frechet_distance(gaussian(f_samples, features.hash), reference.statistics)
+        about = f"all {count} samples; {equal} held-out images give no floor for so many"
+        metrics += (Metric("frechet_distance_all", every, None, "lower", about),)
+    worthless = sanity(features, test[floor_rows], reference.statistics, floor_distance, seed)
+    metrics += (
         *_metrics(
             near,
             near_floor,
@@ -172,6 +245,13 @@ def evaluate_samples(
             copies_floor.closer_share,
             "near",
             "share of samples nearer to it than 99 % of held-out images; 0.01 expected",
+        ),
+    )
+    control = "of the features: Frechet distance of {}, far above the floor"
+    metrics += (
+        Metric("sanity_noise", worthless.noise, floor_distance, "higher", control.format("noise")),
+        Metric(
+            "sanity_flat", worthless.flat, floor_distance, "higher", control.format("flat colours")
         ),
     )
     tables: tuple[Rows, ...] = ()
@@ -201,7 +281,7 @@ def evaluate_samples(
             figures.neighbours(shown, train, copies.indices, suspects),
         ),
     )
-    facts = {"n": count, "seed": seed, "k": k, "floor_n": len(floor_rows), **(settings or {})}
+    facts = {"n": count, "seed": seed, "k": k, "floor_n": equal, **(settings or {})}
     data = {"samples": fingerprint(shown), "train": fingerprint(train), "test": fingerprint(test)}
     return Report(title, metrics, _describe(features), data, facts, tables, images)
 
