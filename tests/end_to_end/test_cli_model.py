@@ -7,14 +7,17 @@ import shutil
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from helpers.images import pixels
+from helpers.models import tiny_model
 from sfumato.cli import main
 from sfumato.cli.evaluate import Evaluate, _images
 from sfumato.data import open_images
@@ -25,8 +28,10 @@ from sfumato.evaluate.reconstruction import psnr
 from sfumato.images import read_parameters, to_pil
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
+from sfumato.predict.conditioners.base import Conditioner, Prompts
 from sfumato.train.recipe import DataSettings
 from sfumato.train.timestep_search import Tuned, store_tuned
+from sfumato.types import Conditioning, ImageSpec
 
 pytestmark = pytest.mark.usefixtures("working_folder")
 
@@ -303,6 +308,17 @@ def test_info_counts_the_parameters_and_files(
 # ---- evaluate ------------------------------------------------------------------------------------
 
 
+class Words(Conditioner):
+    """A conditioner that takes any text, and gives it no meaning."""
+
+    name = "words"
+
+    def encode(
+        self, prompts: Prompts, image_spec: ImageSpec | None, second: Prompts | None
+    ) -> Conditioning:
+        return Conditioning(vector=torch.zeros(len(prompts), 0))
+
+
 class Pooled(torch.nn.Module):
     """Features that are easy to check: a 2x2 picture."""
 
@@ -312,14 +328,16 @@ class Pooled(torch.nn.Module):
 
 @pytest.fixture
 def data(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Noise pictures of the tiny model's size and classes, 16 to train on and 16 to test on; and
-    features to measure them with.
+    """Images of four grey fields of the tiny model's size and classes, 16 to train on and 16 to
+    test on; and features to measure them with.
     """
     dice = torch.Generator().manual_seed(0)
     for split in ("train", "test"):
         for name in ("bag", "boot"):
             Path("data", split, name).mkdir(parents=True)
-            for k, picture in enumerate(to_pil(torch.rand(8, 1, 16, 16, generator=dice) * 2 - 1)):
+            fields = torch.rand(8, 1, 2, 2, generator=dice) * 2 - 1
+            images = fields.repeat_interleave(8, 2).repeat_interleave(8, 3)
+            for k, picture in enumerate(to_pil(images)):
                 picture.save(Path("data", split, name, f"{k}.png"))
     features = types.ModuleType("pooled_features")
     features.network = Pooled  # type: ignore[attr-defined]
@@ -380,7 +398,7 @@ def test_evaluate_holds_out_the_images_of_the_recipe(
     assert (len(training), len(held_out)) == (4, 12)
     few = [*FLAGS, "--steps", "2", "--held-out", "0.75"]
     assert main(["evaluate", str(tiny), "--data", "whole", *few]) == 2  # of 4 training pictures
-    assert "16 samples, 4 training and 12 test images are too few" in capsys.readouterr().err
+    assert "4 training and 12 test images are too few" in capsys.readouterr().err
     few[-1] = "0.4"
     training, held_out = DataSettings(source="whole", held_out=0.4).open()
     # of the 6 held out
@@ -425,13 +443,86 @@ def test_evaluate_opens_no_more_pictures_than_its_limit(tiny: Path, data: Path) 
     for split in ("train", "test"):
         (data / split / name).write_bytes(b"broken")
     model = load(tiny)
-    train, test = _images(model, Evaluate(str(tiny), str(data), limit=12))
+    train, test = _images(model, Evaluate(model=str(tiny), data=str(data), limit=12))
     assert (len(train), len(test)) == (12, 12) and train.class_names == test.class_names == (
         "bag",
         "boot",
     )
     with pytest.raises(UserError, match=rf"{name} cannot be read"):
-        _images(model, Evaluate(str(tiny), str(data)))
+        _images(model, Evaluate(model=str(tiny), data=str(data)))
+
+
+def test_evaluate_fits_its_counts_to_the_data_and_lies_beside_the_model(
+    tiny: Path, data: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny, tmp_path / "run" / "model")
+    command = ["evaluate", str(tmp_path / "run" / "model"), "--data", str(data), "--steps", "1"]
+    assert main([*command, "--features", "pooled_features:network"]) == 0
+    report = json.loads((tmp_path / "run" / "evaluation" / "report.json").read_text())
+    settings = report["settings"]
+    assert (settings["n"], settings["floor_n"], settings["unconditional_n"]) == (16, 16, 16)
+    assert settings["prompts"] == "2 classes in turn" and settings["batch"] == 765
+    sanity = report["metrics"]["sanity_flat"]
+    assert sanity["value"] > 2 * sanity["floor"]
+
+
+def test_evaluate_fails_before_the_first_sample(
+    tiny: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a sample was drawn")
+
+    monkeypatch.setattr(LatentDiffusion, "generate", never)
+
+    def message(*arguments: str) -> str:
+        assert main(["evaluate", str(tiny), "--data", str(data), *arguments]) == 2
+        return capsys.readouterr().err
+
+    Path("file").touch()
+    assert "--out file/below cannot be written (Not a directory)" in message("--out", "file/below")
+    # grey images of 16 pixels and other classes than the classifier's
+    fashion = message("--features", "fashion", "--out", "new")
+    assert "features 'fashion' are of the classes t-shirt, trouser, pullover ..." in fashion
+    assert not Path("new").exists()
+
+    class Means(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.mean((2, 3))
+
+    sys.modules["pooled_features"].network = Means  # type: ignore[attr-defined]
+    blind = message("--features", "pooled_features:network", "--out", "new")
+    assert "do not tell worthless images from real ones" in blind
+
+
+def test_evaluate_reads_the_captions_of_held_out_images(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of text is asked for what the held-out images show."""
+    model, prompts = replace(tiny_model(classes=()), conditioner=Words()), []
+    size = model.sample_size
+    for split in ("train", "test"):
+        folder = Path("captioned", split)
+        folder.mkdir(parents=True)
+        for k, file in enumerate(sorted((data / split).rglob("*.png"))):
+            Image.open(file).resize((size, size)).save(folder / f"{k:02}.png")
+            (folder / f"{k:02}.txt").write_text(f"a (red:2) {split} image {k}")
+    generate = LatentDiffusion.generate
+
+    def record(self: LatentDiffusion, prompt: Any = None, **fields: Any) -> Any:
+        prompts.extend(prompt)
+        assert fields["prompt_weights"] == "none"
+        return generate(self, prompt, **fields)
+
+    monkeypatch.setattr(LatentDiffusion, "generate", record)
+    monkeypatch.setattr("sfumato.loading.load", lambda name, **_: model)
+    monkeypatch.setattr("sfumato.loading.outline", lambda name, **_: model)
+    flags = ["--features", "pooled_features:network", "--out", "report", "--samples", "18"]
+    assert main(["evaluate", "text", "--data", "captioned", "--steps", "1", *flags]) == 0
+    assert prompts == [f"a (red:2) test image {k % 16}" for k in range(18)]
+    report = json.loads(Path("report/report.json").read_text())
+    assert report["settings"]["prompts"] == "captions of 16 held-out images"
+    assert report["settings"]["n"] == 18 and report["settings"]["floor_n"] == 16
+    assert report["metrics"]["frechet_distance_all"]["floor"] is None
 
 
 def test_evaluate_detects_memorisation(

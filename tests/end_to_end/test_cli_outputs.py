@@ -208,7 +208,8 @@ def test_a_random_seed_is_printed_and_recorded(
 def test_reports_and_models_of_earlier_runs_are_left(
     tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("report.json").write_text(json.dumps({}))
+    Path("there is none-evaluation").mkdir()
+    Path("there is none-evaluation/report.json").write_text(json.dumps({}))
     assert main(["evaluate", "there is none", "--data", "nowhere"]) == 2
     assert "report.json is the report of an earlier run" in capsys.readouterr().err
     assert main(["evaluate", "there is none", "--data", "nowhere", "--overwrite"]) == 2

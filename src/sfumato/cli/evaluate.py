@@ -1,10 +1,12 @@
 """`sfumato evaluate`: measure a model against real images, and write a report.
 
 Model, data and metrics meet in this file: `sfumato.evaluate` imports no model. Samples are balanced
-over the classes (sample k has class k mod K), sample k is drawn from seed + k, and the metrics take
-images in [0, 1].
+over the classes (sample k has class k mod K), or have the captions of the held-out images; sample k
+is drawn from seed + k, and the metrics take images in [0, 1]. All that can fail is tried before the
+first sample: the folder of the report, the data, the number of images, and the features.
 """
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,13 +30,19 @@ from sfumato.errors import UserError
 from sfumato.validate import seed_number
 
 TRAINED = "the model's own"
+LEAST = 6
+"""Least number of samples: k + 1 neighbours."""
+MOST = 5000
+"""Number of samples where the held-out images allow it."""
+PIXELS = 196_000
+"""Pixels that are drawn or reconstructed at a time: 250 images of 28 x 28."""
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from sfumato.data import ImageSet
     from sfumato.diffuse.run import Step
-    from sfumato.evaluate import Features, Report
+    from sfumato.evaluate import Features, Reference, Report
     from sfumato.model import LatentDiffusion
 
 
@@ -49,17 +57,19 @@ class Evaluate(ModelOptions):
     """Bundled name, folder in the diffusers layout, single file or Hub id."""
     data: str
     """Training data of the model: fashion-mnist, a folder, a .parquet file or hf:NAME."""
-    features: str = "fashion"
-    """Feature network: fashion, efficientnet-lite0, inception:PATH, module:attribute, folder."""
-    samples: int = 5000
-    """Number of samples, balanced over the classes of class-conditional models."""
-    unconditional_samples: int = 5000
-    """Number of samples without a class, measured apart; 0 for none."""
+    features: str = "auto"
+    """Feature network: auto, fashion, efficientnet-lite0, inception:PATH, module:NAME, folder.
+
+    auto is fashion for the classes of Fashion-MNIST in grey, else efficientnet-lite0."""
+    samples: Annotated[int | None, unset("as many as held-out images, at most 5000")] = None
+    """Number of samples, balanced over the classes, or with the captions of held-out images."""
+    unconditional_samples: Annotated[int | None, unset("as --samples")] = None
+    """Number of samples of class-conditional models without a class, measured apart; 0: none."""
     unconditional_steps: Annotated[int | None, unset("as many network calls as with a class")] = (
         None
     )
     """Number of sampling steps without a class."""
-    batch: int = 250
+    batch: Annotated[int | None, unset("about 196,000 pixels")] = None
     """Number of samples drawn at a time."""
     seed: Seed = 0
     """Seed of the first sample, or random. Sample k is drawn from seed + k."""
@@ -87,7 +97,7 @@ class Evaluate(ModelOptions):
     """Column of the captions in a table; sidecar: text files; none: no captions."""
     limit: Annotated[int | None, unset("all")] = None
     """Number of images of each split, chosen at random and always the same, over all classes."""
-    out: Path = Path()
+    out: Annotated[Path | None, unset("NAME-evaluation, beside the model")] = None
     """Folder for report.json and report.html, which it must not hold yet."""
     overwrite: bool = False
     """Replace the report that --out holds."""
@@ -102,27 +112,20 @@ def evaluate(arguments: Sequence[str]) -> None:
     at_least(options, 1, "batch", "steps", "unconditional_steps", "limit", "threads")
     at_least(options, 0, "clip_skip")
     check_names(options.sampler, options.spacing, options.guidance)
-    at_least(options, 6, "samples")  # k + 1 neighbours
-    seed_number("--seed", options.seed, max(options.samples, options.unconditional_samples))
-    if options.unconditional_samples and options.unconditional_samples < 6:
-        raise UserError(
-            f"--unconditional-samples {options.unconditional_samples} is too small: "
-            "expected 0 for none, or at least 6"
-        )
-    if options.out.exists() and not options.out.is_dir():
-        raise UserError(
-            f"--out {options.out} is a file: expected a folder for report.json and report.html"
-        )
-    older = [options.out / name for name in ("report.json", "report.html")]
-    if not options.overwrite and (taken := next((f for f in older if f.exists()), None)):
-        raise UserError(
-            f"{taken} is the report of an earlier run and is left as it is: "
-            "choose another --out, or add --overwrite to replace it"
-        )
+    for name in ("samples", "unconditional_samples"):
+        count = getattr(options, name)
+        if count is not None and count < LEAST and not (name != "samples" and count == 0):
+            zero = "" if name == "samples" else "0 for none, or "
+            raise UserError(
+                f"--{name.replace('_', '-')} {count} is too small: expected {zero}at least {LEAST}"
+            )
+    most = max(options.samples or MOST, options.unconditional_samples or MOST)
+    seed_number("--seed", options.seed, most)
+    out = _check_out(options.out or _beside(options.model), options.overwrite)
 
     from rich.console import Console
 
-    from sfumato.evaluate import load_features
+    from sfumato.evaluate import check_fit, choose_features, load_features, prepare_reference
     from sfumato.loading import load
 
     settings = {name: getattr(options, name) for name in ("sampler", "spacing", "guidance")}
@@ -132,19 +135,80 @@ def evaluate(arguments: Sequence[str]) -> None:
     set_threads(options.threads)
     log_to_stderr()
     clock.lap("import")
+    features = None if options.features == "auto" else load_features(options.features)
     model = load(options.model, **options.reading(options.sampler))
-    features = load_features(options.features)
     clock.lap("load")
     train, test = _images(model, options)
     clock.lap("data")
-    report = _measure(model, features, train, test, options, clock)
-    options.out.mkdir(parents=True, exist_ok=True)
-    report.to_json(options.out / "report.json")
-    report.to_html(options.out / "report.html")
+    kind = (train.shape[0], max(train.shape[1:]))
+    features = features or load_features(choose_features(*kind, train.class_names))
+    check_fit(features, *kind, model.class_names)
+    options = _fitted(options, model, test)
+    reference = prepare_reference(_pixels(train), _pixels(test), features, seed=options.seed)
+    assert options.samples is not None
+    reference.sanity(options.samples).require(features.name)
+    clock.lap("measure")
+    report = _measure(model, reference, train, test, options, clock)
+    out.mkdir(parents=True, exist_ok=True)
+    report.to_json(out / "report.json")
+    report.to_html(out / "report.html")
     Console().print(report)
-    print(options.out / "report.json")
-    print(options.out / "report.html")
+    print(out / "report.json")
+    print(out / "report.html")
     print(f"measured in {clock}")
+
+
+def _beside(model: str) -> Path:
+    """The folder of the report: beside a model's folder or file, else in this folder."""
+    path = Path(model)
+    if not path.exists():
+        return Path(f"{path.name}-evaluation")
+    path = path.resolve()
+    name = path.name if path.is_dir() else path.stem
+    return path.parent / ("evaluation" if name == "model" else f"{name}-evaluation")
+
+
+def _check_out(folder: Path, overwrite: bool) -> Path:
+    """Return the folder of the report, which can be written.
+
+    Raises:
+        UserError: For a file of that name, a folder that cannot be written, and another report
+            there unless `overwrite`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file: expected a folder for report.json, report.html")
+    older = (folder / name for name in ("report.json", "report.html"))
+    if not overwrite and (taken := next((file for file in older if file.exists()), None)):
+        raise UserError(
+            f"{taken} is the report of an earlier run and is left as it is: "
+            "choose another --out, or add --overwrite to replace it"
+        )
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if is_new:  # until there is a report
+            folder.rmdir()
+    except OSError as error:
+        raise UserError(
+            f"--out {folder} cannot be written ({error.strerror}): choose another folder"
+        ) from error
+    return folder
+
+
+def _fitted(options: Evaluate, model: "LatentDiffusion", test: "ImageSet") -> Evaluate:
+    """The options with the numbers of samples that the held-out images allow."""
+    classes = len(model.class_names)
+    samples = options.samples
+    if samples is None:
+        samples = min(MOST, len(test))
+        if samples > classes > 0:
+            samples -= samples % classes
+        samples = max(LEAST, samples)
+    free = samples if options.unconditional_samples is None else options.unconditional_samples
+    batch = options.batch or max(1, PIXELS // (test.shape[1] * test.shape[2]))
+    return replace(options, samples=samples, unconditional_samples=free, batch=batch)
 
 
 def _images(model: "LatentDiffusion", options: Evaluate) -> "tuple[ImageSet, ImageSet]":
@@ -185,7 +249,7 @@ def _pixels(images: "ImageSet", batch: int = 1000) -> "Tensor":
 
 def _measure(
     model: "LatentDiffusion",
-    features: "Features",
+    reference: "Reference",
     train: "ImageSet",
     test: "ImageSet",
     options: Evaluate,
@@ -197,30 +261,31 @@ def _measure(
     from sfumato.evaluate import evaluate_reconstruction, evaluate_samples
     from sfumato.predict.guidance.settings import Guidance
 
+    features = reference.features
+    count, free_count = options.samples, options.unconditional_samples
+    assert count is not None and free_count is not None and options.batch is not None
     sampling = {name: getattr(options, name) for name in ("sampler", "spacing", "guidance")}
     settings = model.settings(steps=options.steps, **sampling)
     del settings["n"]  # of one call; the report has its own
+    prompts = _prompts(model, test, count)
     facts = {
         "model": options.model,
         "model_hash": model.hash,
         "data": options.data,
         "batch": options.batch,
         "torch": torch.__version__,
+        "prompts": prompts.source,
         **settings,
     }
-    real_train, real_test = _pixels(train), _pixels(test)
     train_labels, test_labels = _as_classes(train, features), _as_classes(test, features)
 
     def measure(samples: "Tensor", labels: "Tensor | None", title: str, **changed: Any) -> "Report":
         return evaluate_samples(
             samples,
             labels,
-            real_train,
-            real_test,
-            features,
+            reference,
             train_labels=train_labels,
             test_labels=test_labels,
-            seed=options.seed,
             settings={**facts, **changed},
             title=title,
         )
@@ -232,35 +297,65 @@ def _measure(
         sampling["spacing"] = None
     free = model.settings(steps=options.unconditional_steps or equal, **sampling)
     del free["n"]
-    labels = torch.arange(options.samples) % num_classes if num_classes else None
-    samples = _draw(model, labels, options.samples, options, settings)
+    # brackets in a caption are text, as in training
+    plain = {"prompt_weights": "none"} if prompts.texts and not num_classes else {}
+    samples = _draw(model, prompts.texts, count, options, settings | plain)
     clock.lap("sample")
-    sample_labels = _translate(labels, model.class_names, features.class_names)
+    sample_labels = _translate(prompts.labels, model.class_names, features.class_names)
     report = measure(samples, sample_labels, f"{options.model} on {options.data}")
     clock.lap("measure")
-    if num_classes and options.unconditional_samples:
-        samples = _draw(model, None, options.unconditional_samples, options, free)
+    if num_classes and free_count:
+        samples = _draw(model, None, free_count, options, free)
         clock.lap("sample")
         unconditional = measure(samples, None, "Samples without a class", steps=free["steps"])
         report = report.join(_renamed(unconditional, "unconditional"))
         clock.lap("measure")
-    rebuilt = _reconstruct(model, real_test, options.batch)
+    originals = reference.test
+    rebuilt = _reconstruct(model, originals, options.batch)
     clock.lap("reconstruct")
-    report = report.join(evaluate_reconstruction(real_test, rebuilt, features, seed=options.seed))
+    report = report.join(evaluate_reconstruction(originals, rebuilt, features, seed=options.seed))
     clock.lap("measure")
     return report
 
 
+@dataclass(frozen=True)
+class _Prompts:
+    """The prompts of the samples: texts, their classes, and one line for the report."""
+
+    texts: list[str] | None
+    labels: "Tensor | None"
+    source: str
+
+
+def _prompts(model: "LatentDiffusion", test: "ImageSet", count: int) -> _Prompts:
+    """Classes in turn, or the captions of the held-out images; None for other models."""
+    import torch
+
+    from sfumato.predict.conditioners.base import ClassConditioner
+
+    if model.class_names:
+        labels = torch.arange(count) % len(model.class_names)
+        texts = [model.class_names[int(k)] for k in labels]
+        return _Prompts(texts, labels, f"{len(model.class_names)} classes in turn")
+    if isinstance(model.conditioner, ClassConditioner):
+        return _Prompts(None, None, "none: the model is unconditional")
+    if test.captions is None:
+        return _Prompts(None, None, f"none: {test.name} has no captions")
+    captions = [test.captions[k % len(test.captions)] for k in range(count)]
+    return _Prompts(captions, None, f"captions of {min(count, len(test))} held-out images")
+
+
 def _draw(
     model: "LatentDiffusion",
-    labels: "Tensor | None",
+    texts: list[str] | None,
     count: int,
     options: Evaluate,
     settings: dict[str, Any],
 ) -> "Tensor":
-    """`count` samples, (N, C, H, W) in [0, 1], sample k of class `labels[k]`, from seed + k."""
+    """`count` samples, (N, C, H, W) in [0, 1], sample k with prompt `texts[k]`, from seed + k."""
     import torch
 
+    assert options.batch is not None
     parts, guide_model = [], load_guide_model(settings["guidance"])
     starts = range(0, count, options.batch)
     with progress("sampling") as update:
@@ -270,9 +365,7 @@ def _draw(
                 update(run * step.count + step.index + 1, len(starts) * step.count)
 
             size = min(options.batch, count - start)
-            prompts = None
-            if labels is not None:
-                prompts = [model.class_names[int(k)] for k in labels[start : start + size]]
+            prompts = None if texts is None else texts[start : start + size]
             images = model.generate(
                 prompts,
                 n=1 if prompts else size,
@@ -293,7 +386,11 @@ def _reconstruct(model: "LatentDiffusion", images: "Tensor", batch: int) -> "Ten
 
     from sfumato.decode.whole import whole
 
-    parts = [whole(model.autoencoder, model.compress(part * 2 - 1)) for part in images.split(batch)]
+    parts = []
+    with progress("reconstructing") as update:
+        for part in images.split(batch):
+            parts.append(whole(model.autoencoder, model.compress(part * 2 - 1)))
+            update(sum(map(len, parts)), len(images))
     return (torch.cat(parts) + 1) / 2
 
 
