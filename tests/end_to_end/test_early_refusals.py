@@ -240,6 +240,9 @@ def test_an_unknown_scheduler_opens_with_a_sampler(sd1: Path, tmp_path: Path) ->
     config = sd1 / "scheduler" / "scheduler_config.json"
     values = json.loads(config.read_text())
     config.write_text(json.dumps({**values, "_class_name": "MyScheduler", "my_field": 3}))
+    index = json.loads((sd1 / "model_index.json").read_text())
+    index["scheduler"] = ["my_scheduler", "MyScheduler"]
+    (sd1 / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"'MyScheduler' is not known: .*; with --sampler NAME"):
         sfumato.load(sd1)
     model = sfumato.load(sd1, sampler="euler")

@@ -281,7 +281,7 @@ def test_places_that_are_no_files(folder: Path, tmp_path: Path) -> None:
     weights = folder / "unet" / WEIGHTS
     weights.unlink()
     weights.mkdir()
-    with pytest.raises(UserError, match="is a folder: expected a safetensors file"):
+    with pytest.raises(UserError, match=r"is a folder|has no weights"):
         sfumato.load(folder)
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     os.mkfifo(tmp_path / "pipe")
