@@ -147,7 +147,6 @@ def compare(arguments: argparse.Namespace, work: Path) -> int:
         return 0
     key = _hash(
         before / "src",
-        before / "recipes",
         HERE / "_behaviour",
         libraries,
         arguments.threads,

@@ -88,7 +88,7 @@ class Pixels:
 
 def unet(channels: int, classes: int, size: int) -> UNet:
     """The network of the bundled model's recipe, for `channels` in and out."""
-    recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "fashion_mnist.py", "denoiser")
+    recipe = load_recipe("fashion_mnist", "denoiser")
     assert isinstance(recipe, DenoiserRecipe)
     return UNet(
         replace(

@@ -291,6 +291,12 @@ def _cases(context: "Context") -> Iterator[tuple[str, Callable[[], Any]]]:
     )
 
 
+def recipes_of(checkout: Path) -> Path:
+    """The recipes of a checkout; before they were in the package they were beside it."""
+    inside = checkout / "src" / "sfumato" / "train" / "recipes"
+    return inside if inside.is_dir() else checkout / "recipes"
+
+
 def _command(context: "Context", stage: str, recipe: str) -> Any:
     """A recipe of the checkout, its settings changed by flags."""
     out = context.scratch / f"command-{stage}"
@@ -309,6 +315,6 @@ def _command(context: "Context", stage: str, recipe: str) -> Any:
     settings |= {"defaults.steps": 2} if stage == "denoiser" else {}
     flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     commands.sfumato(
-        "train", stage, context.checkout / "recipes" / f"{recipe}.py", "--out", out, *flags
+        "train", stage, recipes_of(context.checkout) / f"{recipe}.py", "--out", out, *flags
     )
     return outcome(out)

@@ -4,6 +4,7 @@
 the remedy. The command line prints it and exits with code 2, the server answers 4xx.
 `NumericalError`: a NaN or an infinity was found; the message names the stage, the step and the
 dtype. Nothing is written then.
+`Stopped` is no error: Ctrl-C or a batch system ended a run that can go on.
 """
 
 import difflib
@@ -25,6 +26,18 @@ class UserError(ValueError):
 
 class NumericalError(ArithmeticError):
     """A value that is not finite, with the stage, step and dtype in which it appeared."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A run that a signal ended, with a sentence that says how to go on.
+
+    Attributes:
+        signal: Number of the signal; the command line exits with 128 + signal.
+    """
+
+    def __init__(self, signal: int, sentence: str):
+        super().__init__(sentence)
+        self.signal = int(signal)
 
 
 def unknown(kind: str, value: object, choices: Iterable[str]) -> UserError:

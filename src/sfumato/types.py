@@ -286,9 +286,9 @@ class LatentSpace:
     def __post_init__(self) -> None:
         counts = {len(self.mean), len(self.std)}
         if counts != {self.channels} or min(self.std, default=1.0) <= 0:
-            raise ValueError(
+            raise UserError(
                 f"a latent space of {self.channels} channels needs as many means and "
-                f"positive stds, got {self.mean} and {self.std}"
+                f"positive stds, got {self.mean} and {self.std}: correct the config"
             )
 
     def _column(self, values: tuple[float, ...], like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Every benchmark and recipe can be imported: a module that moved is seen here, not by whoever runs
+"""Every benchmark and example can be imported: a module that moved is seen here, not by who runs
 the command of a page.
 """
 
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("[!_]*.py"))
-FILES = [*BENCHMARKS, *sorted((ROOT / "recipes").glob("*.py"))]
+FILES = [*BENCHMARKS, *sorted((ROOT / "examples").glob("*.py"))]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}/{file.name}")

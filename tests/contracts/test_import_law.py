@@ -73,7 +73,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "loading": (*BOTTOM, *ACTS, "inference", "checkpoints", "sampling", "model"),
     "data": BOTTOM,
     "evaluate": (*BOTTOM, "images"),
-    # a run ends by saving a model
+    # a run begins with a model, or ends by saving one
     "train": (
         *BOTTOM,
         *ACTS,
@@ -83,6 +83,7 @@ LAW: dict[str, tuple[str, ...]] = {
         "data",
         "checkpoints",
         "evaluate",
+        "loading",
         "model",
         "sampling",
     ),

@@ -4,7 +4,7 @@
     opening      no docstring and no help text opens with What, Who, Whether, How or Where
     identifier   none has a word of `FORBIDDEN`: a name says what the value is
 
-The library keeps all three rules. Tests, benchmarks, recipes, examples and the documentation's
+The library keeps all three rules. Tests, benchmarks, examples and the documentation's
 extensions keep the last: names of other libraries (hypothesis' `given`) are theirs to choose.
 
 Every file is read by its syntax tree, nothing is imported. ruff checks the rest (see
@@ -22,7 +22,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = "src/sfumato"
-OTHERS = ("tests", "benchmarks", "recipes", "examples", "docs")
+OTHERS = ("tests", "benchmarks", "examples", "docs")
 
 
 def python_files(*folders: str) -> list[str]:
@@ -32,7 +32,7 @@ def python_files(*folders: str) -> list[str]:
 
 
 FILES = {"library": python_files(LIBRARY), "others": python_files(*OTHERS)}
-ROOTS = ("src", "tests", "benchmarks", "recipes", "docs/_ext")
+ROOTS = ("src", "tests", "benchmarks", "examples", "docs/_ext")
 OWN = {path.stem for folder in ROOTS for path in (ROOT / folder).iterdir()}
 """Modules of this repository; names imported from others are not its own."""
 
@@ -201,7 +201,7 @@ def test_all_files_are_read() -> None:
         "tests/helpers/models.py",
         "benchmarks/behaviour.py",
         "benchmarks/_behaviour/names.py",
-        "recipes/cifar10.py",
+        "examples/fashion_classifier.py",
         "docs/_ext/docstrings.py",
     } <= set(FILES["others"])
 

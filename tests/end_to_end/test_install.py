@@ -166,6 +166,8 @@ def test_the_installed_command_is_the_wheels_own(installed: Path, tmp_path: Path
     ).stdout.strip()
     assert Path(where).is_relative_to(installed.parent)
     assert "generate" in run(installed / "sfumato", "--help", cwd=tmp_path).stdout
+    command = ("train", "denoiser", "fashion_mnist", "--help")  # a recipe, without the repository
+    assert "--loop.steps" in run(installed / "sfumato", *command, cwd=tmp_path).stdout
 
 
 def test_the_runtime_needs_no_extra(installed: Path, tmp_path: Path) -> None:

@@ -675,7 +675,6 @@ OTHER: dict[str, tuple[str, Callable[[Path], object]]] = {
         "autoencoder",
         lambda out: train(make("autoencoder", loss=AutoencoderLoss()), LOOP, out),
     ),
-    "holds a run already": ("denoiser", lambda out: run("denoiser", out, resume=False)),
 }
 
 

@@ -6,7 +6,8 @@ Heavy libraries are imported after the arguments are checked, so that `--help` a
 
 Exit codes: 0 done; 1 unforeseen error; 2 wrong input (`UserError`, arguments that do not parse, or
 files and memory that the system refuses); 3 a value that is not finite (`NumericalError`); 130
-stopped with Ctrl-C. Errors are one sentence on stderr; `SFUMATO_DEBUG=1` adds the traceback.
+stopped with Ctrl-C, 143 by SIGTERM. Errors are one sentence on stderr; `SFUMATO_DEBUG=1` adds the
+traceback.
 """
 
 import codecs
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from sfumato.errors import NumericalError, UserError, system_error, unknown
+from sfumato.errors import NumericalError, Stopped, UserError, system_error, unknown
 
 CODES: dict[type[BaseException], int] = {UserError: 2, NumericalError: 3, KeyboardInterrupt: 130}
 NARROWEST = 40
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"sfumato: {_sentence(reported)}", file=sys.stderr, flush=True)
         if isinstance(error, OSError):
             _discard_output()
+        if isinstance(error, Stopped):
+            return 128 + error.signal
         return next((code for kind, code in CODES.items() if isinstance(reported, kind)), 1)
 
 
@@ -127,7 +130,7 @@ def _sentence(error: BaseException) -> str:
     """The text of an error, on one line."""
     text = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
-        return "stopped"
+        return text or "stopped"
     if isinstance(error, (UserError, NumericalError)):
         return text
     return (

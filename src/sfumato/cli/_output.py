@@ -252,15 +252,18 @@ class _StderrHandler(logging.Handler):
     """Log lines on the stderr of the moment: a progress bar replaces it to stay below them."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        print(self.format(record), file=sys.stderr, flush=True)
 
 
 def log_to_stderr() -> None:
-    """Show the library's lines about a run, such as how data are read."""
+    """Show the library's lines about a run, such as how data are read.
+
+    Of several processes (torchrun) the first one speaks, and the others of errors alone.
+    """
     logger = logging.getLogger("sfumato")
     if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
         logger.addHandler(_StderrHandler())
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
 
 class Clock:

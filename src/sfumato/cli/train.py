@@ -1,4 +1,4 @@
-"""`sfumato train STAGE RECIPE [settings]`: run a stage of a recipe.
+"""`sfumato train STAGE RECIPE [settings]`: run a stage of a recipe; also export and copy.
 
 A recipe is a Python file that builds objects: frozen settings called `autoencoder` and `denoiser`.
 Each setting is a flag of the command line (`sfumato train denoiser RECIPE --help` lists them, with
@@ -6,6 +6,7 @@ their types and the recipe's values).
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,26 +21,63 @@ STAGES = ("autoencoder", "denoiser")
 
 
 OUT = "Folder of the run, the same for both stages."
-RESUME = "Resume an earlier run in the folder, or start anew."
+RESUME = (
+    "Resume an earlier run in the folder, bit for bit with the same number of threads; "
+    "--no-resume starts anew and keeps the earlier run in a numbered folder beside it."
+)
+CHANGE = (
+    "Resume with other settings (steps, learning rate, loss, data) and record it; warm-up and "
+    "decay begin again where the learning rate's settings differ."
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
     """Train a stage of a recipe.
 
-    Flags change its settings, which `sfumato train STAGE RECIPE --help` lists.
+    Flags change its settings, which `sfumato train STAGE RECIPE --help` lists. Ctrl-C writes a
+    checkpoint, and the same command resumes. Beside the stages:
+
+    `sfumato train export RUN` makes a model of an unfinished run;
+    `sfumato train copy RECIPE` writes a recipe of the package into recipes/, to edit.
     """
 
     stage: tyro.conf.Positional[Literal["autoencoder", "denoiser"]]
     """Stage to train: the autoencoder first, then the denoiser on its latents."""
     recipe: tyro.conf.Positional[str]
-    """Python file, or the name of one in recipes/."""
+    """Python file, or the name of one in recipes/ or in the package."""
     out: Annotated[Path | None, unset("runs/RECIPE", help=OUT)] = None
     resume: Annotated[bool, tyro.conf.arg(help=RESUME)] = True
+    change: Annotated[bool, tyro.conf.arg(help=CHANGE)] = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Make a model of an unfinished run: the averaged weights of its newest checkpoint."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run, such as runs/mine."""
+    out: Annotated[Path | None, unset("model-STEP in the run's folder")] = None
+    """Folder of the model."""
+    overwrite: bool = False
+    """Replace a model that is there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """Write a recipe of the package into a file of your own."""
+
+    recipe: tyro.conf.Positional[str]
+    """Name of the recipe."""
+    out: Annotated[Path | None, unset("recipes/RECIPE.py")] = None
+    """File to write; one that exists is left as it is."""
 
 
 def train(arguments: Sequence[str]) -> None:
     """Train the autoencoder or the denoiser of a recipe, or resume an earlier run."""
+    if arguments and arguments[0] in ("export", "copy"):
+        {"export": _export, "copy": _copy}[arguments[0]](arguments[1:])
+        return
     if len(arguments) < 2 or arguments[0] not in STAGES or arguments[1].startswith("-"):
         parse(Train, arguments, "train")  # says what is missing, or shows the help
         raise UserError(
@@ -49,6 +87,7 @@ def train(arguments: Sequence[str]) -> None:
 
     from sfumato.train import load_recipe
 
+    log_to_stderr()
     settings = load_recipe(recipe, stage)
     run: Any = parse(
         _options(settings, recipe),
@@ -57,12 +96,56 @@ def train(arguments: Sequence[str]) -> None:
         description=type(settings).__doc__,
         none=True,
     )
-    log_to_stderr()
-    print(run.settings.run(run.out, run.resume))
+    _check_folder(run.out)
+    print(run.settings.run(run.out, run.resume, **({"change": True} if run.change else {})))
+
+
+def _check_folder(out: Path) -> None:
+    """Raise `UserError` where the folder of a run cannot be made, before anything is read."""
+    place = out.expanduser().absolute()
+    parent = next((p for p in (place, *place.parents) if p.exists()), Path("/"))
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(
+            f"--out {out} cannot be written: {parent} is not a folder that you may write to; "
+            "choose another place"
+        )
+
+
+def _export(arguments: Sequence[str]) -> None:
+    options = parse(Export, arguments, "train export")
+
+    from sfumato.saving import check_target
+    from sfumato.train import export_model
+
+    if options.out is not None:
+        target = check_target(options.out)
+        if target.is_dir() and any(target.iterdir()) and not options.overwrite:
+            raise UserError(
+                f"--out {options.out} is a model already: choose another name, or add --overwrite"
+            )
+    print(export_model(options.run, options.out))
+
+
+def _copy(arguments: Sequence[str]) -> None:
+    options = parse(Copy, arguments, "train copy")
+
+    from sfumato.io.atomic import atomic_file
+    from sfumato.train.recipe_file import recipe_file
+
+    source = recipe_file(options.recipe)
+    out = options.out or Path("recipes") / source.name
+    out = out / source.name if out.is_dir() else out
+    if out.exists():
+        raise UserError(f"{out} exists: it is left as it is; give another name with --out")
+    if out.suffix != ".py":
+        raise UserError(f"--out {out}: expected a name that ends in .py")
+    with atomic_file(out) as temporary:
+        temporary.write_bytes(source.read_bytes())
+    print(out)
 
 
 def _options(settings: Any, recipe: str) -> type:
-    """A dataclass of the recipe's settings, without a prefix, and the run's own two."""
+    """A dataclass of the recipe's settings, without a prefix, and the run's own three."""
     # the settings of this recipe's network, of the many that there are
     if dataclasses.is_dataclass(getattr(settings, "network", None)):
         narrow = [("network", type(settings.network), dataclasses.field(default=settings.network))]
@@ -74,6 +157,7 @@ def _options(settings: Any, recipe: str) -> type:
         ("settings", type(settings), tyro.conf.arg(name=""), settings),
         ("out", Path, tyro.conf.arg(help=OUT), Path("runs") / Path(recipe).stem),
         ("resume", bool, tyro.conf.arg(help=RESUME), True),
+        ("change", bool, tyro.conf.arg(help=CHANGE), False),
     )
     fields = [
         (name, Annotated[kind, argument], dataclasses.field(default=default))

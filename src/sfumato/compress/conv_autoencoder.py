@@ -18,6 +18,7 @@ from sfumato.errors import UserError
 from sfumato.kernels import batch_invariant
 from sfumato.nn.attention import SpatialAttention
 from sfumato.nn.blocks import Downsample, ResnetBlock, Upsample
+from sfumato.validate import positive_int
 
 _EPS = 1e-6
 _DOWN = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
@@ -49,6 +50,7 @@ class Levels:
                 f"block_out_channels {self.widths} has {len(self.widths)} levels: 2 to 6 make "
                 "factors 2 to 32"
             )
+        positive_int("norm_num_groups", self.groups)
         for width in self.widths:
             if width % self.groups:
                 raise UserError(

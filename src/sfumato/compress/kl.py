@@ -25,6 +25,7 @@ from sfumato.compress.conv_autoencoder import (
 from sfumato.config import read_config
 from sfumato.kernels import batch_invariant
 from sfumato.types import LatentSpace
+from sfumato.validate import number_in
 
 _DEFAULT_SCALE = 0.18215  # diffusers' default of scaling_factor
 
@@ -43,6 +44,10 @@ class KLConfig(ConvAutoencoderConfig):
     force_upcast: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number_in("scaling_factor", self.scaling_factor, above=0)
 
     @property
     def space(self) -> LatentSpace:

@@ -29,6 +29,7 @@ from sfumato.data.draft import reduced
 from sfumato.data.pixel_cache import MappedPixels, PixelCache, PixelStore
 from sfumato.data.transform import RawImage, Transform, decode, to_float
 from sfumato.errors import UserError
+from sfumato.io import progress
 from sfumato.io.atomic import hash_bytes
 
 MEMORY_LIMIT = 1 << 30
@@ -526,6 +527,7 @@ def _decode_all(
         run = map if small else pool.map
         # a chunk at a time: decoded images must not pile up
         for start in range(0, count, 64):
+            progress.report("opening images", start, count)
             for result in run(one, range(start, min(start + 64, count))):
                 if result.reason and on_error == "raise":
                     name = listing.image_name(len(checked))
@@ -550,6 +552,7 @@ def _decode_all(
                     keep = False
                     checked = [replace(c, pixels=None) for c in checked]
                 checked.append(result if keep else replace(result, pixels=None))
+        progress.report("opening images", count, count)
     if store is not None:
         store.finish()
     return checked

@@ -46,7 +46,8 @@ class Reconstruction:
     count: int
 
 
-def _decibels(mse: float) -> float:
+def decibels(mse: float) -> float:
+    """PSNR in dB of a mean squared error of pixels in [0, 1]; infinite for 0."""
     return math.inf if mse == 0 else -10 * math.log10(mse)
 
 
@@ -58,12 +59,12 @@ def mse_by_image(a: Float[Tensor, "N C H W"], b: Float[Tensor, "_ _ _ _"]) -> Fl
 
 def psnr(a: Float[Tensor, "N C H W"], b: Float[Tensor, "_ _ _ _"]) -> float:
     """PSNR in dB of the mean squared error over all images; infinite where the sets are equal."""
-    return _decibels(float(mse_by_image(a, b).mean()))
+    return decibels(float(mse_by_image(a, b).mean()))
 
 
 def psnr_mean(a: Float[Tensor, "N C H W"], b: Float[Tensor, "_ _ _ _"]) -> float:
     """Mean over images of each image's PSNR in dB; infinite where one of them is exact."""
-    return math.fsum(_decibels(float(mse)) for mse in mse_by_image(a, b)) / len(a)
+    return math.fsum(decibels(float(mse)) for mse in mse_by_image(a, b)) / len(a)
 
 
 def _window() -> Float64[Tensor, " w"]:

@@ -3,8 +3,8 @@
     recipe = load_recipe("fashion_mnist", "denoiser")
     folder = recipe.run(Path("runs/mine"))
 
-A recipe (recipes/*.py) is Python that builds its settings. The names below are imported when they
-are first used.
+A recipe (train/recipes/*.py) is Python that builds its settings. The names below are imported when
+they are first used.
 """
 
 from typing import TYPE_CHECKING
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from sfumato.train.objective import Draw, Objective
     from sfumato.train.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective
     from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective
+    from sfumato.train.parts import export_model
     from sfumato.train.recipe import (
         AutoencoderRecipe,
         DataSettings,
         DenoiserRecipe,
         encode_all,
-        load_recipe,
-        run_recipe,
     )
+    from sfumato.train.recipe_file import load_recipe, run_recipe
     from sfumato.train.timestep_search import Tuned, store_tuned, tune_timesteps, with_tuned
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "Objective",
     "Tuned",
     "encode_all",
+    "export_model",
     "load_recipe",
     "open_text_conditioner",
     "run_recipe",
@@ -58,10 +59,9 @@ __getattr__, __dir__ = lazy_exports(
         "objective": ("Draw", "Objective"),
         "objectives.autoencoder": ("AutoencoderLoss", "AutoencoderObjective"),
         "objectives.denoiser": ("DenoiserLoss", "DenoiserObjective"),
-        "recipe": (
-            *("AutoencoderRecipe", "DataSettings", "DenoiserRecipe"),
-            *("encode_all", "load_recipe", "run_recipe"),
-        ),
+        "parts": ("export_model",),
+        "recipe": (*("AutoencoderRecipe", "DataSettings", "DenoiserRecipe", "encode_all"),),
+        "recipe_file": ("load_recipe", "run_recipe"),
         "timestep_search": ("Tuned", "store_tuned", "tune_timesteps", "with_tuned"),
     },
 )

@@ -14,6 +14,7 @@ from sfumato.checkpoints.formats.folder import read_index
 from sfumato.errors import UserError
 from sfumato.io.atomic import hash_json, hash_tensors, read_tensors, write_tensors
 from sfumato.io.paths import expand_user
+from sfumato.io.progress import report
 from sfumato.predict.conditioners import text_conditioner_class, text_encoder_classes
 from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.conditioners.sentence_text import SentenceText
@@ -114,8 +115,10 @@ def _encode(
 ) -> Conditioning:
     """The table of texts, written to `path`."""
     logger.info("encoding %d captions", len(texts))
-    starts = range(0, len(texts), batch_size)
-    parts = [conditioner([*texts[start : start + batch_size]]) for start in starts]
+    parts = []
+    for start in range(0, len(texts), batch_size):
+        parts.append(conditioner([*texts[start : start + batch_size]]))
+        report("encoding captions", min(start + batch_size, len(texts)), len(texts))
     table = _trimmed(Conditioning.cat(parts))
     if path is not None:
         fields = {name: getattr(table, name) for name in TABLE}

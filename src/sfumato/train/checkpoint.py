@@ -64,6 +64,8 @@ def save(
     scaler: dict[str, Any] | None = None,
     means: dict[str, Any] | None = None,
     keep: int = 2,
+    keep_every: int | None = None,
+    more: dict[str, Any] | None = None,
 ) -> None:
     """Write folder/step-XXXXXXXX atomically, then remove all but the newest checkpoints.
 
@@ -77,15 +79,19 @@ def save(
         scaler: State of the gradient scaler.
         means: State of the numbers since the last line of the log.
         keep: Number of checkpoints to keep.
+        keep_every: Those of multiples of these steps are kept beside them; None: no others.
+        more: Other entries of state.json.
     """
     with atomic_folder(folder / f"step-{step:08d}") as temporary:
         for name, network in networks.items():
             write_tensors(temporary / f"{name}.safetensors", network.state_dict())
             write_tensors(temporary / f"{name}.optimizer.safetensors", _flatten(optimizers[name]))
         write_tensors(temporary / "average.safetensors", average)
-        state = {"step": step, "run": run, "scaler": scaler, "means": means or {}}
+        state = {"step": step, "run": run, "scaler": scaler, "means": means or {}, **(more or {})}
         write_json(temporary / "state.json", state)
     for old in steps(folder)[:-keep]:
+        if keep_every is not None and old % keep_every == 0:
+            continue
         # Renamed first: a kill in the middle of removing leaves no half checkpoint under the name
         # of a whole one.
         gone = folder / f".step-{old:08d}.{os.getpid()}.tmp"
@@ -116,6 +122,7 @@ def load(
     average: nn.Module,
     optimizers: dict[str, torch.optim.Optimizer],
     run: dict[str, Any],
+    change: bool = False,
 ) -> dict[str, Any] | None:
     """Restore the newest checkpoint in place.
 
@@ -127,9 +134,11 @@ def load(
         average: The averaged network.
         optimizers: By phase.
         run: JSON of this run's settings and data.
+        change: Go on where settings of the loop, the loss or the data differ.
 
     Returns:
-        Its state.json; None where there is no checkpoint.
+        Its state.json, with the differences as "changed": {name: [before, now]}; None where there
+        is no checkpoint.
 
     Raises:
         UserError: Where none is whole, or the newest was made by a run with other settings or data,
@@ -139,17 +148,14 @@ def load(
     for step in reversed(steps(folder)):
         place = folder / f"step-{step:08d}"
         try:
-            state = read_json(place / "state.json")
-            if not isinstance(state, dict) or state.get("step") != step:
-                raise UserError(
-                    f"{place / 'state.json'} is not of step {step}: "
-                    "it is damaged or of another version"
-                )
-            _check_run(place, state.get("run"), run)
-            states = {name: _read(place, name, network) for name, network in networks.items()}
+            state = _read_state(folder, step)
+            changed = _check_run(place, state.get("run"), run, change)
+            # with --change a phase may be new, such as a discriminator that joins
+            old = [n for n in networks if not changed or (place / f"{n}.safetensors").exists()]
+            states = {name: _read(place, name, networks[name]) for name in old}
             averaged = _read(place, "average", average)
             optimizer_states = {
-                name: read_tensors(place / f"{name}.optimizer.safetensors") for name in networks
+                name: read_tensors(place / f"{name}.optimizer.safetensors") for name in old
             }
         except OtherRun:
             raise
@@ -157,17 +163,54 @@ def load(
             damage.append(str(error))
             logger.warning("checkpoint %s is passed over: %s", place, error)
             continue
-        for name, network in networks.items():
-            network.load_state_dict(states[name])
+        for name in old:
+            networks[name].load_state_dict(states[name])
             _unflatten(optimizers[name], optimizer_states[name])
         average.load_state_dict(averaged)
-        return state
+        return {**state, "changed": changed}
     if damage:
         raise UserError(
             f"no checkpoint in {folder} is whole ({damage[0]}): "
             "put a copy of one there, or train into another folder"
         )
     return None
+
+
+def load_average(folder: Path, network: nn.Module) -> int:
+    """Load the averaged weights of the newest whole checkpoint.
+
+    Args:
+        folder: The folder of the run's checkpoints.
+        network: Receives them in place.
+
+    Returns:
+        The checkpoint's number of finished steps.
+
+    Raises:
+        UserError: Where there is no whole checkpoint.
+    """
+    damage = "it has none yet"
+    for step in reversed(steps(folder)):
+        place = folder / f"step-{step:08d}"
+        try:
+            _read_state(folder, step)
+            network.load_state_dict(_read(place, "average", network))
+            return step
+        except UserError as error:
+            damage = str(error)
+            logger.warning("checkpoint %s is passed over: %s", place, error)
+    raise UserError(
+        f"no whole checkpoint in {folder} ({damage}): "
+        "Ctrl-C during training writes one, as does every loop.save-every steps"
+    )
+
+
+def _read_state(folder: Path, step: int) -> dict[str, Any]:
+    path = folder / f"step-{step:08d}" / "state.json"
+    state = read_json(path)
+    if not isinstance(state, dict) or state.get("step") != step:
+        raise UserError(f"{path} is not of step {step}: it is damaged or of another version")
+    return state
 
 
 def _read(place: Path, name: str, network: nn.Module) -> dict[str, Tensor]:
@@ -180,25 +223,41 @@ class OtherRun(UserError):
     """A checkpoint of a run with other settings or data."""
 
 
-def _check_run(place: Path, saved: Any, run: dict[str, Any]) -> None:
-    """Raise `OtherRun`, naming the settings that differ."""
-    changed = _differences(saved, json.loads(json.dumps(run)), "run")
-    if changed:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise OtherRun(
-            f"{place} was made with other settings or data ({'; '.join(changed[:3])}{more}): "
-            "resume with the same ones, or train into another folder"
+_FREE = ("loop.", "objective.loss.", "objective.data.", "objective.conditioner.captions")
+"""Settings with which weights and moments of other settings go on: not the network's own."""
+
+
+def _check_run(
+    place: Path, saved: Any, run: dict[str, Any], change: bool
+) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ, as {name: (before, now)}; `OtherRun` where they may not."""
+    changed = dict(_differences(saved, json.loads(json.dumps(run)), ""))
+    fixed = {name: pair for name, pair in changed.items() if not name.startswith(_FREE)}
+    if fixed or (changed and not change):
+        words = [
+            f"{name.rsplit('.', 1)[-1] or 'run'}: {_short(before)} there, {_short(now)} now"
+            for name, (before, now) in changed.items()
+        ]
+        more = f" and {len(words) - 3} more" if len(words) > 3 else ""
+        advice = "resume with the same ones, or train into another folder" + (
+            "; --init MODEL begins a new run with the weights of a model"
+            if fixed
+            else "; --change goes on with the new ones and records it"
         )
+        raise OtherRun(
+            f"{place} was made with other settings or data ({'; '.join(words[:3])}{more}): {advice}"
+        )
+    return changed
 
 
-def _differences(a: Any, b: Any, name: str) -> list[str]:
+def _differences(a: Any, b: Any, name: str) -> list[tuple[str, tuple[Any, Any]]]:
     if isinstance(a, dict) and isinstance(b, dict):
         return [
             d
             for key in sorted(a.keys() | b.keys())
-            for d in _differences(a.get(key), b.get(key), key)
+            for d in _differences(a.get(key), b.get(key), f"{name}.{key}".lstrip("."))
         ]
-    return [] if a == b else [f"{name}: {_short(a)} there, {_short(b)} now"]
+    return [] if a == b else [(name, (a, b))]
 
 
 def _short(value: Any) -> str:

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from PIL import Image as PIL
 from torch import Tensor
 
 from sfumato.io.atomic import NotWritten, atomic_file, recover
+from sfumato.train.bars import Bars
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,12 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _text(numbers: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+
+
+def _duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 4000 -> "1:06:40"."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 @dataclass
@@ -95,49 +102,49 @@ class RunLog:
         first: Number of finished steps.
         total: Number of all steps.
         stage: Title of the progress bar.
+        changes: Changes of settings, each with its "step": lines of their own.
     """
 
-    def __init__(self, out: Path, first: int, total: int, stage: str):
+    def __init__(
+        self,
+        out: Path,
+        first: int,
+        total: int,
+        stage: str,
+        changes: Sequence[Mapping[str, Any]] = (),
+    ):
         self.out, self.first, self.total, self.stage = out, first, total, stage
-        self.path = out / "log.jsonl"
+        self.path, self.changes = out / "log.jsonl", changes
         self.shown = -math.inf  # time of the losses in the bar
+        self.bars = Bars()
 
     def __enter__(self) -> Self:
-        from rich import progress
-        from rich.console import Console
         from torch.utils.tensorboard.writer import SummaryWriter
 
         with _writing(self.out):
             (self.out / "samples").mkdir(parents=True, exist_ok=True)
             for folder in (self.out, self.out / "samples"):
                 recover(folder)
-            kept = [line for line in self.lines() if line["step"] <= self.first]
+            kept = [
+                line
+                for line in self.lines()
+                if line["step"] <= self.first and "changed" not in line
+            ]
             self.before = max((line["seconds"] for line in kept), default=0.0)
+            kept = sorted([*kept, *self.changes], key=lambda line: line["step"])
             with atomic_file(self.path) as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             self.file = self.path.open("a")
             self.writer: Any = SummaryWriter(
                 str(self.out / "tensorboard"), purge_step=self.first + 1
             )
-        self.progress = progress.Progress(
-            "{task.description}",
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TimeElapsedColumn(),
-            progress.TimeRemainingColumn(),
-            "{task.fields[loss]}",
-            console=Console(stderr=True),  # stdout belongs to the program's answer
-            refresh_per_second=2,
-        )
-        self.progress.start()
-        self.task = self.progress.add_task(
-            self.stage, total=self.total, completed=self.first, loss=""
-        )
+        self.bars.__enter__()
+        self.bars.step(self.stage, self.first, self.total, "")
         self.started = time.perf_counter()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.progress.stop()
+        self.bars.__exit__(kind, error, trace)
         failures: list[OSError | NotWritten] = []
         for close in (self.writer.close, self.file.close, self.curves):
             try:
@@ -184,13 +191,20 @@ class RunLog:
             numbers: The bar shows the losses among them, if there are any.
             log: Write them all.
         """
-        self.progress.update(self.task, completed=step)
+        losses = {name: value for name, value in numbers.items() if name.endswith("/loss")}
         if numbers:
-            losses = {name: value for name, value in numbers.items() if name.endswith("/loss")}
-            self.progress.update(self.task, loss=_text(losses))
             self.shown = time.perf_counter()
         if log:
             self._write(step, numbers)
+        if self.bars.visible:
+            self.bars.step(self.stage, step, self.total, _text(losses) if numbers else None)
+        elif log:
+            pace = (time.perf_counter() - self.started) / (step - self.first)
+            logger.info(
+                "%s %d/%d  %s  %.3g s/step  %s left",
+                *(self.stage, step, self.total, _text(losses), pace),
+                _duration(pace * (self.total - step)),
+            )
 
     def show(self, step: int, numbers: dict[str, float], images: dict[str, PIL.Image]) -> None:
         """Write held-out numbers and images of a step."""
@@ -209,7 +223,10 @@ class RunLog:
     def curves(self) -> None:
         """Plot every logged number against the step: out/curves.png."""
         lines = self.lines()
-        names = sorted({name for line in lines for name in line} - {"step", "seconds"})
+        names = sorted(
+            {name for line in lines for name, value in line.items() if isinstance(value, float)}
+            - {"seconds"}
+        )
         if not names:
             return
         from matplotlib.figure import Figure

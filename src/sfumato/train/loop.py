@@ -2,14 +2,17 @@
 
 Step n's batch, noise and learning rate depend on (seed, n) alone, so k steps, a kill, and N-k steps
 are the N steps, bit for bit; and N processes make the steps of one, up to the order of summation
-(dropout apart, which each process draws for its own examples). AdamW (Loshchilov & Hutter 2019,
-arXiv:1711.05101), linear warm-up, cosine or linear decay, gradient clipping, weight averaging.
+(dropout apart, which each process draws for its own examples). The same bits need the same number
+of threads and processes, the same device and torch: sums are split by them. AdamW (Loshchilov &
+Hutter 2019, arXiv:1711.05101), linear warm-up, cosine or linear decay, gradient clipping, weight
+averaging.
 """
 
 import logging
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -17,13 +20,17 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from sfumato.errors import NumericalError, UserError
+from sfumato.errors import NumericalError, Stopped, UserError
+from sfumato.io.atomic import write_json
 from sfumato.train import checkpoint
 from sfumato.train.batch_sampler import BatchSampler, derive_seed
 from sfumato.train.ema import EMA
+from sfumato.train.history import History, set_aside, stopped_sentence, to_json
 from sfumato.train.logger import Means, RunLog
 from sfumato.train.objective import Draw, Objective
-from sfumato.validate import number_in, one_of, positive_int, seed_number
+from sfumato.train.settings import check_fields
+from sfumato.train.signals import Signals
+from sfumato.validate import number_in, one_of, positive_int, seed_number, whole_number
 
 logger = logging.getLogger(__name__)
 
@@ -48,29 +55,55 @@ class LoopSettings:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0
+    """Largest norm of the gradient; inf is no clipping."""
     ema: float = 0.999
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     seed: int = 0
     save_every: int = 1000
+    """A checkpoint is written every so many steps, at the end and at Ctrl-C."""
+    keep: int = 2
+    """Number of newest checkpoints that are kept."""
+    keep_every: int | None = None
+    """Checkpoints of multiples of these steps are kept too; none: the newest alone."""
     show_every: int = 1000
+    """A preview is written every so many steps, and at the end."""
+    previews: int | None = None
+    """Images of a preview, 0 turns previews off; none: 80 samples, or 16 pairs."""
     log_every: int = 50
     """A line of the log is the mean over these steps."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         one_of("decay", self.decay, DECAYS)
         one_of("precision", self.precision, PRECISIONS)
-        for name in ("steps", "batch_size", "save_every", "show_every", "log_every"):
+        for name in ("steps", "save_every", "keep", "show_every", "log_every"):
             positive_int(name, getattr(self, name))
+        whole_number("batch_size", self.batch_size, 1, 2**20)
+        whole_number("warmup", self.warmup, 0)
         seed_number("seed", self.seed)
+        if self.keep_every is not None:
+            positive_int("keep_every", self.keep_every, hint="None keeps the newest alone")
+        if self.previews is not None:
+            whole_number("previews", self.previews, 0, 10_000, hint="0 turns previews off")
         number_in("lr", self.lr, above=0)
+        number_in("final_lr", self.final_lr, 0, hint="a fraction of lr")
+        number_in("weight_decay", self.weight_decay, 0, hint="0 is none")
+        for beta in self.betas:
+            number_in("betas", beta, 0, below=1)
         number_in("ema", self.ema, 0, below=1, hint="0 is none")
         if not self.clip > 0:  # infinity is no clipping
             raise UserError(f"clip={self.clip}: expected a number above 0; inf is none")
 
-    def lr_at(self, step: int) -> float:
-        """The learning rate of step 0..steps-1."""
+    def lr_at(self, step: int, origin: int = 0) -> float:
+        """The learning rate of step 0..steps-1.
+
+        Args:
+            step: The step.
+            origin: Step at which warm-up and decay began.
+        """
+        step, steps = step - origin, self.steps - origin
         rise = min(1.0, (step + 1) / max(self.warmup, 1))
-        done = min(1.0, max(0, step - self.warmup) / max(self.steps - self.warmup, 1))
+        done = min(1.0, max(0, step - self.warmup) / max(steps - self.warmup, 1))
         cosine = 0.5 * (1 + math.cos(math.pi * done))
         fall = {"constant": 1.0, "linear": 1 - done, "cosine": cosine}[self.decay]
         return self.lr * rise * (self.final_lr + (1 - self.final_lr) * fall)
@@ -82,7 +115,7 @@ class LoopSettings:
         The intervals of logs and checkpoints do not. Nor does the length, if no decay depends on
         it.
         """
-        free = {"save_every", "show_every", "log_every"}
+        free = {"save_every", "keep", "keep_every", "show_every", "previews", "log_every"}
         if self.decay == "constant":
             free |= {"steps", "final_lr"}
         return {
@@ -140,18 +173,25 @@ def train(
     out: Path,
     *,
     resume: bool = True,
+    change: bool = False,
+    record: Mapping[str, Any] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> nn.Module:
     """Train to `settings.steps`.
 
-    out/checkpoints holds the state, out/log.jsonl the numbers, out/samples the images,
-    out/tensorboard both.
+    out/checkpoints holds the state, out/run.json the settings, out/log.jsonl the numbers,
+    out/samples the images, out/tensorboard both. Ctrl-C and SIGTERM write a checkpoint.
 
     Args:
         objective: The training problem.
         settings: Of the run.
         out: Its folder.
-        resume: Go on from the newest checkpoint; False: refuse a folder that has one.
+        resume: Go on from the newest checkpoint; False: move an earlier run aside and start anew.
+        change: Go on although settings of the loop, the loss or the data differ from the
+            checkpoint's. run.json and log.jsonl record it. Where the learning rate's settings
+            differ, its warm-up and decay begin again at this step (Loshchilov & Hutter 2017,
+            arXiv:1608.03983).
+        record: More entries of run.json.
         on_step: Called with the number of finished steps.
 
     Returns:
@@ -160,14 +200,14 @@ def train(
     Raises:
         UserError: For settings that are impossible here, and a folder with another run.
         NumericalError: For a loss, gradient or weight that is not finite.
+        Stopped: After Ctrl-C, SIGTERM or SIGHUP.
     """
     accelerator = start(settings)
     main, rank = accelerator.is_main_process, accelerator.process_index
     plain, checkpoints = objective.networks, out / "checkpoints"
-    if not resume and checkpoint.steps(checkpoints):
-        raise UserError(
-            f"{checkpoints} holds a run already: resume it, or train into another folder"
-        )
+    if main and not resume:
+        set_aside(out)
+    accelerator.wait_for_everyone()
     for network in plain.values():
         network.to(accelerator.device).train()
     optimizers: dict[str, torch.optim.Optimizer] = {
@@ -178,14 +218,18 @@ def train(
     }
     average = EMA(plain[objective.main], settings.ema)
     run = {"loop": settings.identity, "objective": objective.identity}
+    if record is not None and "init" in record:  # whose weights it began with
+        run["init"] = record["init"]
     if main:
         checkpoint.clean(checkpoints)
     accelerator.wait_for_everyone()
-    state = checkpoint.load(checkpoints, plain, average.network, optimizers, run) or {}
-    first = state.get("step", 0)
+    state = checkpoint.load(checkpoints, plain, average.network, optimizers, run, change) or {}
+    history = History.of(state, accelerator)
+    first, origin = history.step, history.origin
+    history.tell(settings.steps)
     networks = {name: accelerator.prepare(network) for name, network in plain.items()}
     prepared = {name: accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
-    update = _Update(objective, settings, accelerator, networks, prepared)
+    update = _Update(objective, settings, accelerator, networks, prepared, origin)
     means = Means.from_state(state.get("means", {}))
     if state.get("scaler") and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
@@ -193,8 +237,31 @@ def train(
     order = BatchSampler(objective.groups, settings.batch_size, settings.seed)
     share = settings.batch_size // accelerator.num_processes
     mine = slice(rank * share, (rank + 1) * share)
-    main_log = RunLog(out, first, settings.steps, objective.stage) if main else nullcontext()
-    with main_log as log:
+    if main:
+        entries = {"loop": to_json(asdict(settings)), **(record or {}), **history.entries}
+        write_json(out / "run.json", entries)
+    main_log = (
+        RunLog(out, first, settings.steps, objective.stage, history.changes)
+        if main
+        else nullcontext()
+    )
+    signals = Signals(lambda: stopped_sentence(checkpoints, None, settings.steps))
+    with signals, main_log as log:
+
+        def show(step: int) -> bool:
+            """Write a preview; True where a signal left it for later."""
+            preview: list[Any] = []
+            work = lambda: preview.append(objective.show(average.network, step))  # noqa: E731
+            if log is None or not signals.attempt(work):
+                return log is not None
+            log.show(step, *preview[0])
+            return False
+
+        waiting = bool(state.get("preview")) and settings.previews != 0 and show(first)
+        if signals.agreed(accelerator):
+            raise Stopped(
+                signals.number, stopped_sentence(checkpoints, first or None, settings.steps)
+            )
         for step in range(first, settings.steps):
             torch.manual_seed(derive_seed(settings.seed, "layers", step, rank))  # dropout
             generator = torch.Generator().manual_seed(derive_seed(settings.seed, "draws", step))
@@ -205,35 +272,69 @@ def train(
             }
             for phase in plain:
                 if objective.active(phase, step):
-                    means.add(update(phase, batch, step, draw))
+                    with _enough_memory(settings, step):
+                        numbers = update(phase, batch, step, draw)
+                    means.add(numbers)
             average.update(plain[objective.main], step)
             done = step + 1
             logs, shows, saves = (
                 done % n == 0 or done == settings.steps
                 for n in (settings.log_every, settings.show_every, settings.save_every)
             )
+            shows = shows and settings.previews != 0
             if logs:
-                numbers = {"lr": settings.lr_at(step), **update.mean(means.now())}
+                numbers = {"lr": settings.lr_at(step, origin), **update.mean(means.now())}
                 means = Means()
             else:
                 numbers = means.now() if log and log.due else {}
             if log:
                 log.step(done, numbers, log=logs)
-            if log and shows:
-                log.show(done, *objective.show(average.network, done))
+            if shows:
+                waiting = show(done)
+            stops = signals.agreed(accelerator)
+            saves = saves or stops
             if saves:
                 update.check_weights({**plain, "average": average.network}, done)
                 sums = means.state(update.mean)
             if main and saves:
                 scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
                 checkpoint.save(
-                    checkpoints, done, plain, average.state(), optimizers, run, scaler, sums
+                    checkpoints,
+                    done,
+                    plain,
+                    average.state(),
+                    optimizers,
+                    run,
+                    scaler,
+                    sums,
+                    settings.keep,
+                    settings.keep_every,
+                    {**history.entries, "origin": origin, "preview": waiting},
                 )
             if shows or saves:
                 accelerator.wait_for_everyone()
             if on_step is not None:
                 on_step(done)
+            if stops:
+                raise Stopped(signals.number, stopped_sentence(checkpoints, done, settings.steps))
     return average.network
+
+
+@contextmanager
+def _enough_memory(settings: LoopSettings, step: int) -> Iterator[None]:
+    """Turn a failed allocation into a `UserError` that names the setting."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not re.search(
+            r"alloc\w* memory|DefaultCPUAllocator", reason
+        ):
+            raise
+        raise UserError(
+            f"batch_size={settings.batch_size} does not fit into the memory at step {step + 1} "
+            f"({reason[:120]}): use a smaller batch, smaller images or a smaller network"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -245,6 +346,7 @@ class _Update:
     accelerator: Any
     networks: Mapping[str, nn.Module]
     optimizers: Mapping[str, Any]
+    origin: int = 0
 
     def __call__(
         self, phase: str, batch: dict[str, Tensor], step: int, draw: Draw
@@ -252,7 +354,7 @@ class _Update:
         """Make one step of one phase and return its numbers."""
         accelerator, optimizer = self.accelerator, self.optimizers[phase]
         for group in optimizer.param_groups:
-            group["lr"] = self.settings.lr_at(step)
+            group["lr"] = self.settings.lr_at(step, self.origin)
         with accelerator.autocast():
             loss, numbers = self.objective.loss(phase, self.networks, batch, step, draw)
         if not torch.isfinite(loss):

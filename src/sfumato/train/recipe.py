@@ -4,21 +4,19 @@ Each has `run(out, resume)`. out/autoencoder and out/denoiser hold the runs; out
 finished model folder.
 """
 
-import importlib.util
 import logging
 import math
-import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sfumato.checkpoints.families.taesd import load_taesd
-from sfumato.checkpoints.formats.folder import load_part, save_part
+from sfumato.checkpoints.formats.folder import save_part
 from sfumato.compress.base import Autoencoder
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.data import (
@@ -38,6 +36,7 @@ from sfumato.data.reading import Layout
 from sfumato.data.splits import open_training_buckets
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
+from sfumato.diffuse.run import Step
 from sfumato.diffuse.schedule import schedule
 from sfumato.diffuse.seeds import seed_torch
 from sfumato.diffuse.vlb import check_has_vlb
@@ -46,21 +45,51 @@ from sfumato.evaluate.features import load_features
 from sfumato.images import grid
 from sfumato.io.atomic import atomic_folder, hash_tensors, write_json
 from sfumato.io.host_memory import parse_size
+from sfumato.io.progress import report
+from sfumato.loading import load
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.base import ClassConditioner, Conditioner
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.conditioners.unconditional import Unconditional
-from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.base import Network, NetworkConfig, build, network_of
 from sfumato.predict.networks.unet import UNetConfig
-from sfumato.sampling import Defaults
+from sfumato.sampling import Defaults, Request
+from sfumato.train.bars import Bars
 from sfumato.train.caption_embeddings import Captions, open_text_conditioner
+from sfumato.train.checks import (
+    built,
+    check_autoencoder,
+    check_denoiser,
+    check_loss,
+    check_memory,
+    possible,
+)
+from sfumato.train.history import to_json
+from sfumato.train.initial import (
+    initial_autoencoder,
+    initial_conditions,
+    initial_network,
+    with_classes,
+)
 from sfumato.train.loop import LoopSettings, start, train
+from sfumato.train.notes import (
+    autoencoder_notes,
+    chosen,
+    denoiser_notes,
+    loop_notes,
+    network_notes,
+)
 from sfumato.train.objective import Preview
 from sfumato.train.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective
 from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective
+from sfumato.train.parts import Parts, open_autoencoder
+from sfumato.train.settings import check_counts, check_fields
+from sfumato.validate import number_in, positive_int, whole_number
 
 logger = logging.getLogger(__name__)
+
+PREVIEW_PIXELS = 80 * 128 * 128
+"""Pixels of a preview that are sampled at a time."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +123,19 @@ class DataSettings:
     """Step of the sides of aspect buckets in pixels; none: squares.
 
     In buckets images keep their aspect, in about size x size pixels (the denoiser's stage only)."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.source.strip():
+            raise UserError("data.source is empty: expected a folder, a file or the name of a set")
+        for name in ("size", "buckets"):
+            if (side := getattr(self, name)) is not None:
+                whole_number(f"data.{name}", side, 1, 16_384, unit="pixels")
+        if self.channels not in (None, 1, 3):
+            raise UserError(f"data.channels={self.channels}: expected 1 (grey), 3 (RGB) or None")
+        if self.limit is not None:
+            positive_int("data.limit", self.limit, unit="images", hint="None is all")
+        number_in("data.held_out", self.held_out, above=0, below=1)
 
     @property
     def reading(self) -> Reading:
@@ -160,26 +202,59 @@ class AutoencoderRecipe:
     loop: LoopSettings = field(default_factory=LoopSettings)
     features: str | None = None
     """Feature network of the held-out Frechet distance; none: not measured."""
+    init: str | None = None
+    """Model, or folder of an autoencoder, whose weights and network the run begins with."""
 
-    def run(self, out: Path, resume: bool = True) -> Path:
-        """Train, or resume, and return the folder of the finished autoencoder."""
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def run(self, out: Path, resume: bool = True, change: bool = False) -> Path:
+        """Train, or resume, and return the folder of the finished autoencoder.
+
+        Args:
+            out: Folder of the run; the stage's is out/autoencoder.
+            resume: See `train`.
+            change: See `train`.
+        """
         started = time.perf_counter()
+        check_counts(self.network)
         if self.data.buckets is not None:
             raise UserError(
                 f"data.buckets={self.data.buckets}: the autoencoder trains on squares; "
                 "give aspect buckets to the denoiser alone"
             )
-        split = self.data.split()
+        initial = None if self.init is None else initial_autoencoder(self.init)
+        with Bars():
+            split = self.data.split()
         images, held_out = split.training, split.held_out
-        seed_torch(self.loop.seed)
         channels = images.shape[0]
-        network = AutoencoderKL(replace(self.network, in_channels=channels, out_channels=channels))
+        seed_torch(self.loop.seed)
+        if initial is None:
+            config = replace(self.network, in_channels=channels, out_channels=channels)
+            network = built(lambda: AutoencoderKL(config), config)
+        else:
+            network = initial
+            _told([f"init={self.init}: the network is that autoencoder's, with its weights"])
+        check_autoencoder(network, images.shape)
         features = load_features(self.features) if self.features else None
-        objective = AutoencoderObjective(network, images, held_out, self.loss, features)
-        trained = train(objective, self.loop, out / "autoencoder", resume=resume)
+        check_memory(self.loop, images.shape)
+        pairs = 16 if self.loop.previews is None else max(1, self.loop.previews)
+        with possible(self.loss, "be a discriminator of these images"):
+            objective = AutoencoderObjective(network, images, held_out, self.loss, features, pairs)
+        check_loss(objective)
+        _told(loop_notes(self.loop, len(images)))
+        _told(autoencoder_notes(self.loss, self.loop, self.features))
+        if initial is None:
+            _told(network_notes(self.network, network.config))
+        record: dict[str, Any] = {"recipe": to_json(asdict(self))}
+        if initial is not None:
+            record["init"] = {"model": self.init, "hash": hash_tensors(initial.state_dict())}
+        trained = train(
+            objective, self.loop, out / "autoencoder", resume=resume, change=change, record=record
+        )
         assert isinstance(trained, AutoencoderKL)
         accelerator = start(self.loop)
-        with accelerator.main_process_first():  # the others find the first one's cache
+        with accelerator.main_process_first(), Bars():  # the others find the first one's cache
             latents = encode_all(images.unflipped(), trained, out / "latents")
         trained.set_statistics(*latents.statistics())
         if accelerator.is_main_process:
@@ -212,56 +287,150 @@ class DenoiserRecipe:
     """Folder of the text encoder of the captions; none: classes, where there are any.
 
     It is a model's, or a sentence encoder's own."""
+    init: str | None = None
+    """Model (name, folder, file or Hub id) with whose weights the run begins.
 
-    def run(self, out: Path, resume: bool = True) -> Path:
-        """Train, or resume, and return the folder of the finished model."""
+    Network, autoencoder, text encoder, schedule and parameterization are the model's then. Classes
+    that it lacks begin as its empty prompt."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def run(self, out: Path, resume: bool = True, change: bool = False) -> Path:
+        """Train, or resume, and return the folder of the finished model.
+
+        Args:
+            out: Folder of the run; the stage's is out/denoiser.
+            resume: See `train`.
+            change: See `train`.
+        """
         started = time.perf_counter()
-        process = Process(schedule(self.schedule), parameterization(self.parameterization))
-        autoencoder = _autoencoder(self.autoencoder or out / "autoencoder" / "vae")
-        space = autoencoder.space
-        outline = _outline(self.network, space.channels)
-        images, division = _images(replace(self.data, flip=False), space.factor, outline.patch)
-        accelerator = start(self.loop)
-        with accelerator.main_process_first():  # the others find the first one's cache
-            conditioner, conditions, prompts, fields = _conditioners(
-                images, self.text, outline, out / "captions"
+        check_counts(self.network)
+        initial = None if self.init is None else load(self.init)
+        if initial is None:
+            process = Process(schedule(self.schedule), parameterization(self.parameterization))
+            folder = Path(self.autoencoder or out / "autoencoder" / "vae")
+            autoencoder = open_autoencoder(folder)
+            outline = built(
+                lambda: _outline(self.network, autoencoder.space.channels), self.network
             )
-        if outline.learned_variance and self.loss.variance:
-            check_has_vlb(process.schedule)
-        with accelerator.main_process_first():
-            latents = _latents(images, autoencoder, out / "latents")
+        else:
+            process, autoencoder = initial.denoiser.process, initial.autoencoder
+            outline, folder = initial_network(initial), None
+            _told([f"init={self.init}: all parts of the model are that model's, with its weights"])
+        space = autoencoder.space
+        with Bars():
+            images, division = _images(replace(self.data, flip=False), space.factor, outline.patch)
+            accelerator = start(self.loop)
+            with accelerator.main_process_first():  # the others find the first one's cache
+                conditioner, conditions, prompts, fields = (
+                    _conditioners(images, self.text, outline, out / "captions")
+                    if initial is None
+                    else initial_conditions(images, initial, out / "captions")
+                )
+            if outline.learned_variance and self.loss.variance:
+                check_has_vlb(process.schedule)
+            with accelerator.main_process_first():
+                latents = _latents(images, autoencoder, out / "latents")
         # cells along a side of a sample; with buckets, of the square's
         square = (self.data.size or 0) // space.factor
         side = latents.shape[-1] if isinstance(latents, LatentSet) else square
-        shape = outline.shape_fields(self.network, space.channels, side)
         seed_torch(self.loop.seed)
-        network = build(replace(self.network, **shape, **fields))
         defaults = self.defaults
+        if initial is None:
+            shape = outline.shape_fields(self.network, space.channels, side)
+            config = replace(self.network, **shape, **fields)
+            network = built(lambda: build(config), config)
+        else:
+            shape, network = {}, with_classes(outline, initial.class_names, conditioner)
         # the model has the size, where the config of its network has none
         if "sample_size" not in shape and defaults.size is None:
             defaults = replace(defaults, size=side * space.factor)
-
-        def model(network: nn.Module) -> LatentDiffusion:
-            denoiser = Denoiser(network, process)
-            return LatentDiffusion(
-                autoencoder, denoiser, conditioner, defaults, self.name,
-                training_data=division.to_json(),
-            )  # fmt: skip
+        parts = Parts(autoencoder, process, conditioner, defaults, self.name, division.to_json())
+        sets = [latents] if isinstance(latents, LatentSet) else latents.sets
+        check_denoiser(network, conditions, [s.shape for s in sets])
+        check_memory(self.loop, sets[0].shape)
+        count = 80 if self.loop.previews is None else self.loop.previews
+        if count:  # an impossible request must not wait for the first preview
+            parts.model(network).plan(Request(prompts, seed=0))
 
         def preview(network: nn.Module, step: int) -> Preview:
-            shown = [prompts[i % len(prompts)] for i in range(80)]
+            shown = [prompts[i % len(prompts)] for i in range(count)]
             columns = max(len(prompts), 8) if len(prompts) <= 20 else 10
-            return {}, {"samples": grid(model(network).generate(shown, seed=0), columns=columns)}
+            samples = _samples(parts.model(network), shown)
+            return {}, {"samples": grid(samples, columns=min(columns, count))}
 
         objective = DenoiserObjective(
             network, process, latents, space, conditions, self.loss, preview
         )
-        trained = train(objective, self.loop, out / "denoiser", resume=resume)
+        _told(loop_notes(self.loop, len(images)))
+        guidance, conditional = defaults.guidance, conditioner.is_conditional
+        _told(denoiser_notes(self.loss, conditional, network.learned_variance, guidance))
+        _told(self._notes(bool(images.class_names), images.captions is not None))
+        if initial is None:
+            _told(network_notes(self.network, network.config))
+        classes = conditioner.to_config() if isinstance(conditions, ClassConditioner) else None
+        model = {
+            "autoencoder": None if folder is None else str(folder.expanduser().absolute()),
+            "schedule": self.schedule,
+            "parameterization": self.parameterization,
+            "conditioner": classes,
+            "text": None if self.text is None else str(Path(self.text).expanduser().absolute()),
+            "init": self.init,
+            "network": network.to_config(),
+            "defaults": defaults.to_json(),
+            "name": self.name,
+            "data": division.to_json(),
+        }
+        record: dict[str, Any] = {"recipe": to_json(asdict(self)), "model": to_json(model)}
+        if initial is not None:
+            record["init"] = {"model": self.init, "hash": initial.hash}
+        trained = train(
+            objective, self.loop, out / "denoiser", resume=resume, change=change, record=record
+        )
         if accelerator.is_main_process:
-            model(trained).save(out / "model")
+            parts.model(trained).save(out / "model")
             _finish(out / "denoiser", started, len(images), division)
         accelerator.wait_for_everyone()
         return out / "model"
+
+    def _notes(self, classes: bool, captions: bool) -> list[str]:
+        """Settings of the recipe itself without effect, for data with classes or captions."""
+        notes, begun = [], self.init is not None
+        if self.data.flip:
+            notes.append(
+                "data.flip=True: the denoiser trains on cached latents, which are not mirrored"
+            )
+        if self.text is not None and classes and not begun:
+            notes.append(f"text={self.text}: the data's classes are not used, their captions are")
+        if self.text is None and captions and not begun:
+            notes.append("the data's captions are not used: --text FOLDER trains on them")
+        if begun:
+            names = ("autoencoder", "text", "schedule", "parameterization")
+            values = {n: getattr(self, n) for n in names if chosen(self, n)}
+            notes += [f"{n}={v}: with init it is the model's" for n, v in values.items()]
+        return notes
+
+
+def _told(notes: Sequence[str]) -> None:
+    for note in notes:
+        logger.warning("%s", note)
+
+
+def _samples(model: LatentDiffusion, prompts: Sequence[str | None]) -> list[Any]:
+    """An image of each prompt, image k from seed k, some at a time where they are large."""
+    area = model.sample_size**2
+    batch = max(1, PREVIEW_PIXELS // area)
+    images: list[Any] = []
+    for first in range(0, len(prompts), batch):
+        part = [*prompts[first : first + batch]]
+
+        def on_step(step: Step, first: int = first, size: int = len(part)) -> None:
+            done = first + size * (step.index + 1) / step.count
+            report("samples", int(done), len(prompts))
+
+        images += model.generate(part, seed=first, on_step=on_step)
+    return images
 
 
 def _outline(config: Any, channels: int) -> Network:
@@ -297,20 +466,6 @@ def _finish(folder: Path, started: float, images: int, division: Division) -> No
     seconds = round(time.perf_counter() - started, 1)
     facts = {"seconds_this_run": seconds, "images": images, "data": division.to_json()}
     write_json(folder / "finished.json", facts)
-
-
-def _autoencoder(folder: Path) -> Autoencoder:
-    """An autoencoder in diffusers' layout, or a tiny one as published, in two files."""
-    in_layout = (folder / "config.json").exists()
-    if not in_layout and not any(folder.glob("*encoder.*")):
-        raise UserError(
-            f"{folder} has no trained autoencoder: "
-            "run `sfumato train autoencoder` first, or give --autoencoder"
-        )
-    autoencoder = load_part(folder) if in_layout else load_taesd(folder)
-    if not isinstance(autoencoder, Autoencoder):
-        raise UserError(f"{folder} holds a {type(autoencoder).__name__}: expected an autoencoder")
-    return autoencoder
 
 
 def _conditioners(
@@ -373,40 +528,10 @@ def encode_all(
     weights = {k: v for k, v in autoencoder.state_dict().items() if k.startswith(encoder)}
     logger.info("encoding %d images", len(images))
     batch_size = max(1, pixels // math.prod(images.shape[1:]))
-    return cache_latents(images, encode, hash_tensors(weights), folder, batch_size=batch_size)
 
+    def progress(done: int, total: int) -> None:
+        report("encoding images", done, total)
 
-def load_recipe(recipe: str | Path, stage: str) -> AutoencoderRecipe | DenoiserRecipe:
-    """Load the settings of a stage from a recipe.
-
-    Args:
-        recipe: A Python file, or the name of one in ./recipes.
-        stage: "autoencoder" or "denoiser".
-
-    Raises:
-        UserError: For a missing file, and a file without these settings.
-    """
-    path = Path(recipe)
-    if not path.suffix:
-        path = Path("recipes") / f"{path.name.replace('-', '_')}.py"
-    if not path.is_file():
-        recipes = ", ".join(sorted(p.stem for p in Path("recipes").glob("*.py")))
-        raise UserError(
-            f"recipe {str(recipe)!r} was not found: expected a Python file, "
-            f"or a name from recipes/ ({recipes or 'none in ./recipes'})"
-        )
-    spec = importlib.util.spec_from_file_location(f"sfumato_recipe_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    settings = getattr(module, stage, None)
-    if not isinstance(settings, AutoencoderRecipe | DenoiserRecipe):
-        expected = "an AutoencoderRecipe" if stage == "autoencoder" else "a DenoiserRecipe"
-        raise UserError(f"recipe {path} defines no {stage!r}: expected {expected} of that name")
-    return settings
-
-
-def run_recipe(recipe: str | Path, stage: str, out: Path, resume: bool = True) -> Path:
-    """Run one stage of a recipe with its own settings, see `load_recipe`."""
-    return load_recipe(recipe, stage).run(out, resume)
+    return cache_latents(
+        images, encode, hash_tensors(weights), folder, batch_size=batch_size, progress=progress
+    )

@@ -165,6 +165,7 @@ class UNetConfig(NetworkConfig):
             raise UserError(
                 f"only_cross_attention {only}: expected one value, or one for each of {n} levels"
             )
+        self.check_counts("norm_num_groups")
         for width in self.block_out_channels:
             if width % self.norm_num_groups:
                 raise UserError(

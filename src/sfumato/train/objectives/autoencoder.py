@@ -15,19 +15,28 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from PIL import Image as PIL
 from torch import Tensor, nn
 
 from sfumato.compress.base import Autoencoder, Posterior
 from sfumato.compress.kl import AutoencoderKL
 from sfumato.data import ImageSet
+from sfumato.errors import UserError
 from sfumato.evaluate.features import Features
 from sfumato.evaluate.frechet import frechet_distance, gaussian
-from sfumato.evaluate.reconstruction import reconstruction
+from sfumato.evaluate.reconstruction import WINDOW, decibels, mse_by_image, ssim
 from sfumato.images import grid, to_pil
+from sfumato.io.progress import report
 from sfumato.train.discriminator import PatchDiscriminator, adaptive_weight, hinge
 from sfumato.train.objective import Draw, Objective, Preview
 from sfumato.train.perceptual import feature_maps, perceptual_distance
-from sfumato.validate import number_in, one_of
+from sfumato.train.settings import check_fields
+from sfumato.validate import number_in, one_of, whole_number
+
+HELD_OUT = 2000
+"""Most held-out images that a preview measures."""
+PIXELS = 196_000
+"""Pixels that go through the autoencoder at a time, about: 250 images of 28 x 28."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,13 @@ class AutoencoderLoss:
     discriminator_layers: int = 2
 
     def __post_init__(self) -> None:
+        check_fields(self)
         one_of("pixel loss", self.pixel, ("l1", "l2"))
+        whole_number("adversarial_start", self.adversarial_start, 0)
+        whole_number("discriminator_layers", self.discriminator_layers, 0, 16)
+        width = self.discriminator_width
+        if width % 4 or not 4 <= width <= 2**16:  # groups of its normalisation
+            raise UserError(f"discriminator_width={width}: expected a multiple of 4, at least 4")
         for name in ("kl", "perceptual", "adversarial"):
             number_in(f"loss weight {name}", getattr(self, name), 0, hint="0 leaves the term out")
 
@@ -59,6 +74,7 @@ class AutoencoderObjective(Objective):
         held_out: Images of the previews.
         loss: Weights of the terms.
         features: The feature network of the held-out Frechet distance; None: not measured.
+        pairs: Number of held-out images that a preview shows with their reconstructions.
     """
 
     main = "autoencoder"
@@ -71,7 +87,9 @@ class AutoencoderObjective(Objective):
         held_out: ImageSet,
         loss: AutoencoderLoss,
         features: Features | None = None,
+        pairs: int = 16,
     ):
+        self.pairs = pairs
         self.images, self.held_out = images.unflipped(), held_out
         self.weights, self.features, self.autoencoder = loss, features, autoencoder
         # mirrored here and not by the data, so that a resumed run mirrors the same images
@@ -157,29 +175,46 @@ class AutoencoderObjective(Objective):
 
     @torch.no_grad()
     def show(self, network: nn.Module, step: int) -> Preview:
-        """PSNR, SSIM and the Frechet distance on held-out images, and pairs (original above)."""
+        """PSNR, SSIM and the Frechet distance on held-out images, and pairs (original above).
+
+        Images go through the autoencoder in batches of about `PIXELS` pixels.
+        """
         assert isinstance(network, Autoencoder)
-        chosen = random.Random(0).sample(range(len(self.held_out)), min(2000, len(self.held_out)))
-        originals, rebuilt = [], []
+        count = min(HELD_OUT, len(self.held_out))
+        chosen = random.Random(0).sample(range(len(self.held_out)), count)
+        height, width = self.held_out.shape[1:]
+        batch = max(1, PIXELS // (height * width))
         device = next(network.parameters()).device
-        for start in range(0, len(chosen), 250):
-            image = self.held_out.batch(chosen[start : start + 250])["image"]
-            originals.append(image)
-            rebuilt.append(network.decode(network.encode(image.to(device))).cpu().clamp(-1, 1))
-        a, b = torch.cat(originals), torch.cat(rebuilt)
-        quality = reconstruction((a + 1) / 2, (b + 1) / 2)
-        numbers = {"held_out/psnr": quality.psnr, "held_out/ssim": quality.ssim}
-        if (network_of_features := self.features) is not None and len(a) > 1:
-            real, fake = (
-                torch.cat([network_of_features((part + 1) / 2) for part in images.split(250)])
-                for images in (a, b)
-            )
+        errors, windows, shown = [], 0.0, [[], []]
+        features: list[tuple[Tensor, Tensor]] = []
+        for start in range(0, count, batch):
+            image = self.held_out.batch(chosen[start : start + batch])["image"]
+            rebuilt = network.decode(network.encode(image.to(device))).cpu().clamp(-1, 1)
+            a, b = (image + 1) / 2, (rebuilt + 1) / 2
+            errors.append(mse_by_image(a, b))
+            if min(height, width) >= WINDOW:
+                windows += ssim(a, b) * len(a)
+            if self.features is not None:
+                features.append((self.features(a), self.features(b)))
+            missing = self.pairs - len(shown[0])
+            for images, part in zip(shown, (image, rebuilt), strict=True):
+                images += to_pil(part[:missing]) if missing > 0 else []
+            report("held-out images", min(start + batch, count), count)
+        numbers = {"held_out/psnr": decibels(float(torch.cat(errors).mean()))}
+        if min(height, width) >= WINDOW:
+            numbers["held_out/ssim"] = windows / count
+        if features and count > 1:
+            real, fake = (torch.cat(parts) for parts in zip(*features, strict=True))
             numbers["held_out/frechet"] = frechet_distance(gaussian(real), gaussian(fake))
-        rows = min(16, len(a))
-        pairs = [
-            image
-            for start in range(0, rows, 8)
-            for images in (a, b)
-            for image in to_pil(images[start : min(start + 8, rows)])
-        ]
-        return numbers, {"reconstructions": grid(pairs, columns=min(8, rows))}
+        return numbers, {"reconstructions": _pairs(*shown)}
+
+
+def _pairs(originals: list[PIL.Image], rebuilt: list[PIL.Image], columns: int = 8) -> PIL.Image:
+    """A grid in which each original stands above its reconstruction."""
+    columns = min(columns, len(originals))
+    blank = PIL.new(originals[0].mode, originals[0].size, "white")
+    images: list[PIL.Image] = []
+    for start in range(0, len(originals), columns):
+        for row in (originals[start : start + columns], rebuilt[start : start + columns]):
+            images += row + [blank] * (columns - len(row))
+    return grid(images, columns=columns)

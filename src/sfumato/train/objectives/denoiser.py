@@ -24,6 +24,7 @@ from sfumato.predict.conditioners.base import ClassConditioner
 from sfumato.predict.networks.base import Network
 from sfumato.train.caption_embeddings import Captions
 from sfumato.train.objective import Draw, Objective, Preview
+from sfumato.train.settings import check_fields
 from sfumato.types import LatentSpace
 from sfumato.validate import number_in, one_of
 
@@ -73,7 +74,10 @@ class DenoiserLoss:
     """Weight lambda of the bound, for networks that predict a variance; 0 does not train it."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         one_of("weighting", self.weighting, WEIGHTINGS)
+        number_in("min_snr_gamma", self.min_snr_gamma, above=0)
+        number_in("times_mean", self.times_mean)
         one_of("distribution of times", self.times, TIMES)
         number_in("times_scale", self.times_scale, *MODE_SCALES)
         number_in("times_shift", self.times_shift, above=0, hint="1 is no shift")

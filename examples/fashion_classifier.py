@@ -2,7 +2,7 @@
 
 It takes about 5 minutes on two cores.
 
-    python recipes/fashion_classifier.py --out my-classifier
+    python examples/fashion_classifier.py --out my-classifier
 
 Random shifts of up to two pixels and flips, label smoothing, AdamW, one cycle of the learning rate
 (Smith and Topin 2017, arXiv:1708.07120), batch normalisation folded into the convolutions at the
