@@ -85,7 +85,8 @@ def load_recipe(recipe: str | Path, stage: str) -> AutoencoderRecipe | DenoiserR
         place = f"recipe {path}, line {line}" if line else f"recipe {path}"
         state = f"the class {settings.__name__}" if isinstance(settings, type) else repr(settings)
         raise UserError(f"{place}: {stage} is {state[:80]}: expected {expected}")
-    logger.info("recipe %s", path)
+    if path != Path(recipe):  # found by its name
+        logger.info("recipe %s", path)
     return settings
 
 
