@@ -1,4 +1,4 @@
-"""Checks of networks before the first step: they can be built, they run, they fit into memory."""
+"""Checks of networks before the first step: they are built, they run, they fit."""
 
 import math
 import os

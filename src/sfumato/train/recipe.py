@@ -234,7 +234,7 @@ class AutoencoderRecipe:
             network = built(lambda: AutoencoderKL(config), config)
         else:
             network = initial
-            _told([f"init={self.init}: the network is that autoencoder's, with its weights"])
+            _log_notes([f"init={self.init}: the network is that autoencoder's, with its weights"])
         check_autoencoder(network, images.shape)
         features = load_features(self.features) if self.features else None
         check_memory(self.loop, images.shape)
@@ -242,10 +242,10 @@ class AutoencoderRecipe:
         with possible(self.loss, "be a discriminator of these images"):
             objective = AutoencoderObjective(network, images, held_out, self.loss, features, pairs)
         check_loss(objective)
-        _told(loop_notes(self.loop, len(images)))
-        _told(autoencoder_notes(self.loss, self.loop, self.features))
+        _log_notes(loop_notes(self.loop, len(images)))
+        _log_notes(autoencoder_notes(self.loss, self.loop, self.features))
         if initial is None:
-            _told(network_notes(self.network, network.config))
+            _log_notes(network_notes(self.network, network.config))
         record: dict[str, Any] = {"recipe": to_json(asdict(self))}
         if initial is not None:
             record["init"] = {"model": self.init, "hash": hash_tensors(initial.state_dict())}
@@ -317,7 +317,9 @@ class DenoiserRecipe:
         else:
             process, autoencoder = initial.denoiser.process, initial.autoencoder
             outline, folder = initial_network(initial), None
-            _told([f"init={self.init}: all parts of the model are that model's, with its weights"])
+            _log_notes(
+                [f"init={self.init}: all parts of the model are that model's, with its weights"]
+            )
         space = autoencoder.space
         with Bars():
             images, division = _images(replace(self.data, flip=False), space.factor, outline.patch)
@@ -363,12 +365,12 @@ class DenoiserRecipe:
         objective = DenoiserObjective(
             network, process, latents, space, conditions, self.loss, preview
         )
-        _told(loop_notes(self.loop, len(images)))
+        _log_notes(loop_notes(self.loop, len(images)))
         guidance, conditional = defaults.guidance, conditioner.is_conditional
-        _told(denoiser_notes(self.loss, conditional, network.learned_variance, guidance))
-        _told(self._notes(bool(images.class_names), images.captions is not None))
+        _log_notes(denoiser_notes(self.loss, conditional, network.learned_variance, guidance))
+        _log_notes(self._notes(bool(images.class_names), images.captions is not None))
         if initial is None:
-            _told(network_notes(self.network, network.config))
+            _log_notes(network_notes(self.network, network.config))
         classes = conditioner.to_config() if isinstance(conditions, ClassConditioner) else None
         model = {
             "autoencoder": None if folder is None else str(folder.expanduser().absolute()),
@@ -412,7 +414,7 @@ class DenoiserRecipe:
         return notes
 
 
-def _told(notes: Sequence[str]) -> None:
+def _log_notes(notes: Sequence[str]) -> None:
     for note in notes:
         logger.warning("%s", note)
 

@@ -1,1 +1,1 @@
-"""Recipes of the published results, one a file: `sfumato train STAGE NAME` finds them by name."""
+"""Recipes, one a file: `sfumato train STAGE NAME` finds them by their names."""

@@ -5,15 +5,15 @@ It has the compute of the bundled model's U-Net: 0.42 PFLOP (FLOPs counted by to
     sfumato train denoiser fashion_mnist_dit --out runs/fashion-dit
 """
 
+from importlib import resources
 from pathlib import Path
 
-import sfumato
 from sfumato.predict import ModernDiTConfig
 from sfumato.sampling import Defaults
 from sfumato.train import DataSettings, DenoiserLoss, DenoiserRecipe, LoopSettings
 
 denoiser = DenoiserRecipe(
-    autoencoder=Path(sfumato.__file__).parent / "bundled" / "fashion" / "vae",
+    autoencoder=Path(str(resources.files("sfumato"))) / "bundled" / "fashion" / "vae",
     data=DataSettings(source="fashion-mnist"),
     network=ModernDiTConfig(
         patch_size=1, num_layers=6, num_attention_heads=3, attention_head_dim=64, register_tokens=2

@@ -1,4 +1,4 @@
-"""Autoencoder and transformer for photographs of your own, 64 pixels, with or without classes.
+"""Autoencoder and transformer for photographs of your own, with or without classes.
 
 Act 1: 64x64 colour -> 16x16 latents of 8 channels; L1, KL 1e-6, PatchGAN in the last part. Act 3:
 64 tokens of 2 x 2, rectified flow. Made for a few thousand images and some hours of a desktop's
