@@ -54,7 +54,7 @@ class Signals:
 
     @staticmethod
     def _numbers() -> list[int]:
-        numbers = [signal.SIGINT, signal.SIGTERM]
+        numbers: list[int] = [signal.SIGINT, signal.SIGTERM]
         hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
         if hang_up is not None and signal.getsignal(hang_up) != signal.SIG_IGN:
             numbers.append(hang_up)

@@ -206,7 +206,7 @@ class AutoencoderObjective(Objective):
         if features and count > 1:
             real, fake = (torch.cat(parts) for parts in zip(*features, strict=True))
             numbers["held_out/frechet"] = frechet_distance(gaussian(real), gaussian(fake))
-        return numbers, {"reconstructions": _pairs(*shown)}
+        return numbers, {"reconstructions": _pairs(shown[0], shown[1])}
 
 
 def _pairs(originals: list[PIL.Image], rebuilt: list[PIL.Image], columns: int = 8) -> PIL.Image:
