@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image as pil
-from PIL import ImageOps
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
 from sfumato.errors import NumericalError, UserError
 from sfumato.io.atomic import atomic_file
+from sfumato.io.image_files import flatten, open_image, put_back
 from sfumato.validate import positive_int, whole_number
 
 KEY = "sfumato"
@@ -58,16 +58,17 @@ def to_tensor(image: pil.Image | Sequence[pil.Image]) -> Float[Tensor, "B C H W"
 
     Grey gives C = 1, everything else C = 3.
 
-    The camera's orientation tag is applied and transparency is composited over white.
+    The camera's orientation tag is applied, colours become sRGB by the image's ICC profile, 16 bits
+    become 8, and transparency is composited over white.
 
     Raises:
-        UserError: For no images, different sizes, and 16-bit or floating-point images, whose
+        UserError: For no images, different sizes, and 32-bit or floating-point images, whose
             white is not known.
     """
     images = [image] if isinstance(image, pil.Image) else list(image)
     if not images:
         raise UserError("no images were given: expected at least one")
-    arrays = [np.asarray(_plain(p)) for p in images]
+    arrays = [np.asarray(flatten(p)) for p in images]
     if len({a.shape for a in arrays}) > 1:
         shapes = ", ".join(sorted({str(a.shape) for a in arrays}))
         raise UserError(
@@ -76,22 +77,6 @@ def to_tensor(image: pil.Image | Sequence[pil.Image]) -> Float[Tensor, "B C H W"
         )
     levels = torch.from_numpy(np.stack([a if a.ndim == 3 else a[:, :, None] for a in arrays]))
     return levels.permute(0, 3, 1, 2).to(torch.float32).div(127.5).sub(1).contiguous()
-
-
-def _plain(image: pil.Image) -> pil.Image:
-    """The image upright, opaque, in mode L or RGB."""
-    if image.mode.startswith(("I", "F")):
-        raise UserError(
-            f"images must have 8 bits a channel, got mode {image.mode!r}: "
-            "convert it to L or RGB first"
-        )
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        grey = image.mode == "LA"
-        image = image.convert("RGBA")
-        image = pil.alpha_composite(pil.new("RGBA", image.size, "white"), image)
-        return image.convert("L" if grey else "RGB")
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
 def composite(
@@ -126,6 +111,28 @@ def composite(
     return torch.where(mask == 0, original, mask * image + (1 - mask) * original)
 
 
+def put_back_originals(
+    images: Sequence[pil.Image],
+    originals: Sequence[pil.Image],
+    mask: Float[Tensor, "M _ H W"],
+) -> list[pil.Image]:
+    """Give composited images the transparency and the ICC profile of their originals.
+
+    Args:
+        images: B images, mode L or RGB, in sRGB, composited over the originals over white.
+        originals: B or 1, as `io.image_files.with_own_colours` returns them.
+        mask: (B or 1, 1, H, W) in [0, 1], as for `composite`.
+
+    Returns:
+        The originals bit for bit where the mask is 0, the images, opaque, where it is 1.
+    """
+    masks = mask[:, 0].to("cpu", torch.float64).numpy()
+    return [
+        put_back(image, originals[min(k, len(originals) - 1)], masks[min(k, len(masks) - 1)])
+        for k, image in enumerate(images)
+    ]
+
+
 def grid(images: Sequence[pil.Image], columns: int | None = None, pad: int = 2) -> pil.Image:
     """Arrange images of one size in a grid, row by row.
 
@@ -135,7 +142,7 @@ def grid(images: Sequence[pil.Image], columns: int | None = None, pad: int = 2) 
         pad: White pixels between images, none around.
 
     Returns:
-        One image, mode L if all are, else RGB; empty cells are white.
+        One image in sRGB, opaque, mode L if all are, else RGB; empty cells are white.
 
     Raises:
         UserError: For no images, different sizes, or impossible numbers.
@@ -154,6 +161,7 @@ def grid(images: Sequence[pil.Image], columns: int | None = None, pad: int = 2) 
 
 def contact_sheet(rows: Sequence[Sequence[pil.Image]], pad: int = 2) -> pil.Image:
     """Rows of images of one size, `pad` white pixels apart; short rows end in white."""
+    rows = [list(map(flatten, row)) for row in rows]
     width, height = rows[0][0].size
     across = max(map(len, rows))
     mode = "L" if all(image.mode == "L" for row in rows for image in row) else "RGB"
@@ -202,23 +210,17 @@ def read_parameters(path: str | Path) -> dict[str, Any]:
         UserError: For a file without them, and other files than PNG.
     """
     try:
-        with pil.open(path) as image:
-            if not isinstance(image, PngImageFile):
-                raise UserError(
-                    f"{path} is a {image.format} image: "
-                    "the parameters of an image are kept in PNG files only"
-                )
-            # reads the whole file: some tools move the text behind the pixels
-            text = image.text.get(KEY)
+        image = open_image(path, keep=KEY)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: expected a PNG made by sfumato") from error
-    except UserError:
-        raise
-    except (pil.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except UserError as error:
+        raise UserError(f"{path} could not be read as a PNG ({error})") from error
+    if not isinstance(image, PngImageFile):
         raise UserError(
-            f"{path} could not be read as a PNG ({error}): "
-            "it may be truncated; copy or download it again"
-        ) from error
+            f"{path} is a {image.format} image: "
+            "the parameters of an image are kept in PNG files only"
+        )
+    text = image.text.get(KEY)  # also of text behind the pixels, where some tools move it
     if text is None:
         raise UserError(
             f"{path} holds no parameters of sfumato: it was made by another program, "

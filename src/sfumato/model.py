@@ -28,7 +28,7 @@ from sfumato.diffuse.process import Process
 from sfumato.diffuse.run import SeededNoise, Step, check_finite, run_sampler
 from sfumato.diffuse.samplers import get_sampler
 from sfumato.errors import NumericalError, UserError, usable_device
-from sfumato.images import composite, to_pil, to_tensor
+from sfumato.images import composite, put_back_originals, to_pil, to_tensor
 from sfumato.inference import pieces
 from sfumato.inference.offload.model import (
     conditioner_state,
@@ -120,7 +120,7 @@ class LatentDiffusion:
         return self.encode(pixels, SeededNoise(shape, seeds_of(seed, len(pixels)), self.device)())
 
     def pixels(
-        self, image: PIL.Image | Sequence[PIL.Image] | Float[Tensor, "B C H W"]
+        self, image: PIL.Image | Sequence[PIL.Image] | Float[Tensor, "B _ H W"]
     ) -> Float[Tensor, "B C H W"]:
         """Convert images to this autoencoder's channels.
 
@@ -393,7 +393,12 @@ class LatentDiffusion:
             else:
                 grey = image.shape[1] == 1
                 images.append((image.expand(-1, 3, -1, -1) if grey else image).add(1).div(2))
-        return images if output == "pil" else torch.cat(images)
+        if output != "pil":
+            return torch.cat(images)
+        request = plan.request
+        if request.originals is not None and request.composite is not None:
+            return put_back_originals(images, request.originals, request.composite[1])
+        return images
 
     def fitted(self, plan: Plan) -> Plan:
         """Decide how a plan's images are decoded, before it is run.

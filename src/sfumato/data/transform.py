@@ -8,7 +8,6 @@ aliases into the training data and into every Frechet distance (Parmar et al. 20
 arXiv:2104.11222, section 3).
 """
 
-import io
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +16,12 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.io.atomic import hash_json
+from sfumato.io.image_files import eight_bits, flatten, open_image
 from sfumato.validate import one_of, positive_int
 
 RawImage = str | Path | bytes | Image.Image | np.ndarray
@@ -137,7 +137,8 @@ def to_float(pixels: Tensor) -> Tensor:
 def decode(image: RawImage) -> np.ndarray:
     """Decode an image to uint8, (H, W) if it is grey, else (H, W, 3).
 
-    The orientation tag is applied and transparency is laid over white.
+    The orientation tag is applied, colours become sRGB by the file's ICC profile, and transparency
+    is laid over white.
 
     Raises:
         UserError: For a truncated, corrupt or foreign file. The message has the reason and not the
@@ -145,21 +146,14 @@ def decode(image: RawImage) -> np.ndarray:
     """
     if isinstance(image, np.ndarray):
         return _decode_array(image)
-    if isinstance(image, Image.Image):
-        return _to_eight_bit(image)
     try:
-        data = image if isinstance(image, bytes) else Path(image).read_bytes()
-        if not data:
-            raise UserError("the file is empty")
-        with Image.open(io.BytesIO(data)) as opened:
-            opened.load()
-            return _to_eight_bit(opened)
+        opened = image if isinstance(image, Image.Image) else open_image(image)
+        return np.array(flatten(opened))
     except UserError:
         raise
-    except Image.UnidentifiedImageError as error:
-        raise UserError("not an image file that Pillow can open") from error
-    except Exception as error:
-        # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
+    except FileNotFoundError as error:
+        raise UserError("the file is missing") from error
+    except Exception as error:  # Pillow's conversions raise ValueError, OSError, KeyError ...
         raise UserError(f"{error or type(error).__name__}") from error
 
 
@@ -173,38 +167,10 @@ def _decode_array(array: np.ndarray) -> np.ndarray:
             "expected (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)"
         )
     if array.dtype == np.uint16:
-        array = _from_sixteen_bit(array)
+        array = eight_bits(array)
     if array.dtype != np.uint8:
         raise UserError(
             f"an array of {array.dtype} is not an image: "
             "expected uint8 (0..255) or uint16 (0..65535)"
         )
-    return _to_eight_bit(Image.fromarray(array)) if channels == 4 else array
-
-
-def _from_sixteen_bit(values: np.ndarray) -> np.ndarray:
-    """0..65535 -> 0..255, rounded: 65535 = 257 * 255."""
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
-def _to_eight_bit(image: Image.Image) -> np.ndarray:
-    image = ImageOps.exif_transpose(image)
-    mode = image.mode
-    # "I;16", "I;16B", and "I", in which TIFF and some PNG files hold 16-bit values
-    if mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            reach = f"{values.min()}..{values.max()}"
-            raise UserError(f"its 32-bit pixels reach {reach}: convert it to 8 or 16 bits")
-        return _from_sixteen_bit(values)
-    if mode == "F":
-        raise UserError(
-            "its pixels are floating-point numbers of unknown range: convert it to 8 or 16 bits"
-        )
-    grey = mode in ("1", "L", "LA", "La")
-    if image.has_transparency_data:
-        image = image.convert("LA" if grey else "RGBA")
-        white = Image.new("L" if grey else "RGB", image.size, "white")
-        white.paste(image.convert(white.mode), mask=image.getchannel("A"))
-        return np.array(white)
-    return np.array(image.convert("L" if grey else "RGB"))
+    return np.array(flatten(Image.fromarray(array))) if channels == 4 else array

@@ -665,12 +665,22 @@ def _check_tiles(tiles: Any, guidance: Guidance) -> None:
 
 
 def _check_output(model: Model, request: Request, settings: Settings) -> None:
-    """Raise `UserError` for a decoding or a composite that does not fit the images."""
+    """Raise `UserError` for a decoding, a composite or originals that do not fit the images."""
     if request.decoding == "exact" and not isinstance(model.autoencoder, SequentialAutoencoder):
         raise UserError(
             f"decoding='exact': {type(model.autoencoder).__name__} has no list of parts, "
             "and cannot be run in strips; use whole or tiled"
         )
+    originals = request.originals
+    if originals is not None:
+        sizes = {image.size for image in originals}
+        if sizes != {(settings.width, settings.height)} or len(originals) not in (1, settings.n):
+            raise UserError(
+                f"originals: {len(originals)} images for {settings.n} of {settings.width} x "
+                f"{settings.height} pixels: expected as many, or one, of the same size"
+            )
+        if request.composite is None:
+            raise UserError("originals without composite: its mask says which pixels stay")
     if request.composite is None:
         return
     if not _is_pair_of_maps(request.composite):

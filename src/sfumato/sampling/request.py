@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 from typing import Any, Protocol, Self, TypedDict, runtime_checkable
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from sfumato.compress.base import Autoencoder
@@ -197,6 +198,8 @@ class Request:
         vector: (n or 1, V) that joins the time embedding, for networks whose conditioner has none.
         composite: (image, mask): pixels (n or 1, c, H, W) in [-1, 1] put back where the mask
             (n or 1, 1, H, W) is 0, blended where it is between 0 and 1.
+        originals: With `composite`, n or 1 PIL images whose transparency and ICC profile the PIL
+            images of the result get, and whose pixels are put back as they are in the file.
         noise_only_start: The first network call gets noise alone in the known region too, as in
             diffusers' inpainting.
         prompt_2: Text for the second text encoder (SDXL, SD 3, FLUX.1); None: the prompt.
@@ -238,6 +241,7 @@ class Request:
     concat: Tensor | tuple[Tensor, ...] | None = None
     vector: Tensor | None = None
     composite: tuple[Tensor, Tensor] | None = None
+    originals: Sequence[Image.Image] | None = None
     noise_only_start: bool = False
     prompt_2: Prompt = None
     negative_prompt_2: Prompt = None
@@ -297,6 +301,7 @@ class RequestFields(TypedDict, total=False):
     concat: Tensor | tuple[Tensor, ...] | None
     vector: Tensor | None
     composite: tuple[Tensor, Tensor] | None
+    originals: Sequence[Image.Image] | None
     noise_only_start: bool
     prompt_2: Prompt
     negative_prompt_2: Prompt
