@@ -199,6 +199,35 @@ def test_inpainting(family: str, name: str, strength: float, folders: dict[str, 
         )
 
 
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("SD 1 inpainting", "StableDiffusionInpaintPipeline"),
+        ("SDXL inpainting", "StableDiffusionXLInpaintPipeline"),
+    ],
+)
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_image_to_image_with_inpainting_models(
+    family: str, name: str, strength: float, folders: dict[str, Path]
+) -> None:
+    """The whole image is drawn anew, as with a white mask."""
+    image = smooth_image()
+    options: dict[str, Any] = {
+        "height": 24,
+        "width": 16,
+        "strength": strength,
+        "guidance_scale": SCALE,
+        "num_inference_steps": 5,
+        "image": image.expand(2, -1, -1, -1),
+        "mask_image": torch.ones(2, 1, 24, 16),
+    }
+    expected = pipeline_images(open_pipeline(folders[family], name), PROMPTS, **options)
+    plan = image_to_image(
+        opened(folders[family]), image * 2 - 1, REQUEST, strength=strength, posterior="sample"
+    )
+    assert_same_images(opened(folders[family]).run(plan, output="tensor"), expected)
+
+
 def test_a_blind_start_is_for_ordinary_models_at_full_strength(folders: dict[str, Path]) -> None:
     for family, strength in (("SDXL inpainting", 1.0), ("SDXL", 0.6)):
         with pytest.raises(UserError, match="noise_only_start=True with strength"):
@@ -317,8 +346,9 @@ def test_the_other_tasks_with_refiners_inpainting_and_instructions(
     for family in ("SDXL inpainting", "InstructPix2Pix"):
         model = opened(folders[family])
         for way in ("noise", "inversion"):
-            with pytest.raises(UserError, match="channels beside the latent"):
-                variations(model, smooth_image() * 2 - 1, way=way)
+            if (family, way) != ("SDXL inpainting", "noise"):
+                with pytest.raises(UserError, match="channels beside the latent"):
+                    variations(model, smooth_image() * 2 - 1, way=way)
             with pytest.raises(UserError, match="channels beside the latent"):
                 interpolate_images(
                     model, smooth_image() * 2 - 1, smooth_image(6) * 2 - 1, Request(n=2), way=way
@@ -366,18 +396,23 @@ def test_commands_with_text_models(
         "style transfer: an ordinary model and a description"
     )
     assert same(made, xl.run(image_to_image(xl, picture_of(photo), request, strength=0.5))[0])
+    whole = load(folders["SDXL inpainting"])
+    words = ["red", "--steps", "2", "--model", str(folders["SDXL inpainting"])]
+    assert main(["edit", photo, *words, *out, "--strength", "0.5"]) == 0
+    plan = image_to_image(whole, picture_of(photo), Request("red", steps=2), strength=0.5)
+    assert same(made, whole.run(plan)[0])
     for arguments, message in (
         (
             ["edit", photo, "red", "--strength", "0.5", "--model", str(folders["InstructPix2Pix"])],
             "this model follows instructions",
         ),
         (
-            ["edit", photo, "red", "--model", str(folders["SDXL inpainting"])],
-            "use the task that it was trained for",
+            ["edit", photo, "red", "--model", str(folders["x4 upscaler"])],
+            "takes 3 channels beside the latent: use upscale",
         ),
         (
-            ["vary", photo, "red", "--model", str(folders["SDXL inpainting"])],
-            "use the task that it was trained for",
+            ["vary", photo, "red", "--model", str(folders["InstructPix2Pix"])],
+            "takes 4 channels beside the latent: use edit",
         ),
         (
             ["upscale", photo, "red", "--scale", "2", "--model", str(folders["x4 upscaler"])],

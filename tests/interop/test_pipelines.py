@@ -377,8 +377,8 @@ def test_networks_that_need_more_inputs_name_them(folders: dict[str, Path]) -> N
         UserError, match=r"takes 9 channels and was given 4.*need the task that gives it"
     ):
         load(folders["SD 1 inpainting"]).generate("a cat", steps=1)
-    for family in ("SD 1 inpainting", "InstructPix2Pix"):
-        with pytest.raises(UserError, match="use the task that it was trained for"):
+    for family, task in (("InstructPix2Pix", "edit"), ("x4 upscaler", "upscale")):
+        with pytest.raises(UserError, match=f"channels beside the latent: use {task}$"):
             image_to_image(load(folders[family]), smooth_image() * 2 - 1)
     with pytest.raises(UserError, match="instructions need a model that takes an image"):
         edit(load(folders["SD 1"]), smooth_image() * 2 - 1)

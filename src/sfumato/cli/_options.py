@@ -458,6 +458,11 @@ class TaskOptions(RunOptions):
     prompt: tyro.conf.Positional[Annotated[str | None, unset("no prompt")]] = None
     """Prompt, or the name of a class."""
 
+    @property
+    def keeps_original(self) -> bool:
+        """True where the result has the image's transparency and colour profile."""
+        return False
+
     def settings(self) -> dict[str, Any]:
         """The settings that the command adds."""
         shared = {f.name for f in fields(TaskOptions)}

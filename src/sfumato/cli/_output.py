@@ -233,19 +233,37 @@ def read_image(path: Path) -> "Image":
     Raises:
         UserError: For a file that is missing, or no image.
     """
-    from PIL import Image
+    from sfumato.io.image_files import open_image
 
+    if str(path).startswith(("http:/", "https:/")):
+        raise UserError(f"{path} is an address: download the image and give its file")
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
+        return open_image(path)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: expected an image there") from error
-    # UnidentifiedImageError is an OSError
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        kind = another_kind(path, "image")
-        reason = f": {kind}" if kind else f" ({error}): it may be truncated; copy it again"
-        raise UserError(f"{path} could not be read as an image{reason}") from error
+    except UserError as error:
+        raise UserError(f"{path} could not be read as an image ({error})") from error
+
+
+def note_losses(
+    path: Path, image: "Image", keeps: bool = False, grey: bool = False, mask: bool = False
+) -> None:
+    """Print on stderr the parts of an image that the result lacks.
+
+    Args:
+        path: The file.
+        image: The image as opened.
+        keeps: As for `losses`.
+        grey: As for `losses`.
+        mask: The image is a mask, of which frames alone are noted.
+    """
+    from sfumato.io.image_files import frame_count, losses
+
+    frames = frame_count(path)
+    notes = [f"the first of its {frames} frames is used"] if frames > 1 else []
+    notes += [] if mask else losses(image, keeps, grey)
+    if notes:
+        print(f"sfumato: {path}: {'; '.join(notes)}", file=sys.stderr)
 
 
 class _StderrHandler(logging.Handler):

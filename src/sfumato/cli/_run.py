@@ -10,6 +10,7 @@ from sfumato.cli._options import READING, RunOptions, TaskOptions, at_least, rec
 from sfumato.cli._output import (
     Clock,
     Target,
+    note_losses,
     provenance,
     read_image,
     sampling_progress,
@@ -21,6 +22,8 @@ from sfumato.errors import UserError
 from sfumato.validate import number_in, one_of, seed_number
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from sfumato.model import LatentDiffusion
     from sfumato.sampling import Plan, Request
 
@@ -32,23 +35,28 @@ def run_task(options: TaskOptions) -> None:
     clock, name = Clock(), type(options).__name__.lower()
     base = check_options(options, f"{short(options.image.stem)}-{name}")
     image, own = read_image(options.image), source_parameters(options.image)
-    settings = options.settings()
+    settings, inputs = options.settings(), [(options.image, image)]
+    masks: "list[tuple[Path, Image]]" = []
     for key, value in settings.items():
         if isinstance(value, Path):
             own[key], settings[key] = str(value), read_image(value)
+            masks.append((value, settings[key]))
         elif isinstance(value, tuple):  # of paths
             own |= {key: list(map(str, value))} if value else {}
             settings[key] = [read_image(path) for path in value]
+            inputs += zip(value, settings[key], strict=True)
         else:
             own[key] = value
-    run_request(
-        name,
-        options,
-        base,
-        own,
-        lambda model, request: options.plan(model, image, request, settings),
-        clock,
-    )
+
+    def prepare(model: "LatentDiffusion", request: "Request") -> "Plan":
+        plan = options.plan(model, image, request, dict(settings))
+        for path, opened in inputs:
+            note_losses(path, opened, options.keeps_original, model.autoencoder.channels == 1)
+        for path, opened in masks:
+            note_losses(path, opened, mask=True)
+        return plan
+
+    run_request(name, options, base, own, prepare, clock)
 
 
 def check_options(

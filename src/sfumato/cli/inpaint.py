@@ -19,11 +19,19 @@ class Inpaint(TaskOptions):
     task = "inpaint"
 
     mask: Annotated[Path | None, tyro.conf.arg(help_behavior_hint="(required)")] = None
-    """Image of the same size: white is drawn anew, black stays, grey is blended."""
+    """Image of the same size: white is drawn anew, black stays, grey is blended.
+
+    Levels within 16 of black or white count as such. White paint on transparency is a mask too.
+    """
     strength: float = 1.0
     """Share of the steps to run, in (0, 1]. Below 1 the start is the image under the mask."""
     paste: bool = True
     """Copy pixels outside of the mask from the image, instead of decoding them."""
+
+    @property
+    def keeps_original(self) -> bool:
+        """True where pixels are copied into a PNG of their own."""
+        return self.paste and not self.grid
 
 
 def inpaint(arguments: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from sfumato.cli._options import (
     refuse,
     unset,
 )
-from sfumato.cli._output import Clock, read_image, short, slug
+from sfumato.cli._output import Clock, note_losses, read_image, short, slug
 from sfumato.cli._run import check_options, run_request, source_parameters
 from sfumato.errors import UserError
 from sfumato.validate import seed_number
@@ -78,7 +78,10 @@ def interpolate(arguments: Sequence[str]) -> None:
             return tasks.interpolate(request, **ends)
         first, last = images
         settings = {"strength": strength, "way": way, **ends}
-        return tasks.interpolate_images(model, first, last, request, **settings)
+        plan = tasks.interpolate_images(model, first, last, request, **settings)
+        for path, image in zip(options.images or (), images, strict=True):
+            note_losses(path, image, grey=model.autoencoder.channels == 1)
+        return plan
 
     columns = options.n if options.n <= COLUMNS else None
     run_request("interpolate", options, base, own, prepare, clock, columns)

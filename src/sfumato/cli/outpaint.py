@@ -26,6 +26,11 @@ class Outpaint(TaskOptions):
     strength: float = 1.0
     """Share of the steps to run, in (0, 1]. Below 1 the start is the repeated edge."""
 
+    @property
+    def keeps_original(self) -> bool:
+        """True where the image's pixels are copied into a PNG of their own."""
+        return not self.grid
+
 
 def outpaint(arguments: Sequence[str]) -> None:
     """Enlarge an image at any side; its own pixels stay as they are."""

@@ -1,17 +1,16 @@
-"""Shared parts of tasks: images and masks as tensors, latents, the last part of a run."""
+"""Shared parts of tasks: images as tensors, latents, the last part of a run."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image as pil
 from torch import Tensor
 
 from sfumato.errors import UserError
-from sfumato.images import to_tensor
+from sfumato.io.image_files import to_srgb, with_own_colours
 from sfumato.model import LatentDiffusion
 from sfumato.predict.networks.base import Network
 from sfumato.sampling import Plan, Request
@@ -57,35 +56,6 @@ def check_count(pixels: Tensor, count: int) -> None:
         raise UserError(
             f"{len(pixels)} input images for {count} images: expected one, or one an image"
         )
-
-
-def mask_pixels(
-    pixels: Float[Tensor, "N C H W"], mask: pil.Image | Tensor
-) -> Float[Tensor, "M _ H W"]:
-    """A mask (M, 1, H, W) in [0, 1] of an image's size.
-
-    Args:
-        pixels: The image.
-        mask: White, or 1, is drawn anew.
-
-    Raises:
-        UserError: For another size, or numbers outside of [0, 1].
-    """
-    if isinstance(mask, pil.Image):
-        mask = to_tensor(mask.convert("L")).add(1).div(2)
-    fits = mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2:] == pixels.shape[2:]
-    if not fits or not mask.is_floating_point():
-        raise UserError(
-            f"a mask of shape {tuple(mask.shape)} and type {mask.dtype} for an image of shape "
-            f"{tuple(pixels.shape)}: expected floating-point numbers of shape "
-            f"(1, 1, {pixels.shape[2]}, {pixels.shape[3]}), 1 is drawn anew"
-        )
-    low, high = (float(v) for v in mask.aminmax())
-    if not (low >= 0 and high <= 1):
-        raise UserError(
-            f"a mask with values from {low:.4g} to {high:.4g}: expected [0, 1], 1 is drawn anew"
-        )
-    return mask
 
 
 class NoiseDraws:
@@ -153,32 +123,47 @@ def channels_error(model: LatentDiffusion, expected: str) -> UserError:
     return UserError(f"this model takes {extra} channels beside the latent: {expected}")
 
 
+def inpainting_channels(model: LatentDiffusion) -> tuple[int, int]:
+    """Channels beside the latent of models trained for inpainting.
+
+    Returns:
+        Of a mask by latent cells and a masked image, and of a masked image and a mask by pixels.
+    """
+    space = model.autoencoder.space
+    return 1 + space.channels, space.channels + space.factor**2
+
+
+def own_task(model: LatentDiffusion) -> str:
+    """Name the task of a model that takes channels beside the latent, for messages."""
+    extra, space = extra_channels(model), model.autoencoder.space
+    if extra in inpainting_channels(model):
+        return "inpaint"
+    if model.low_res is not None:
+        return "upscale"
+    if extra == space.channels:
+        return "edit" if network_of(model).part == "unet" else "control"
+    return ""
+
+
+def own_colours(image: ImageInput) -> tuple[pil.Image, ...] | None:
+    """Images with the transparency and profiles of the input.
+
+    Returns:
+        As `Request.originals` takes them; None: tensors, and opaque images in sRGB, have neither.
+    """
+    if isinstance(image, Tensor):
+        return None
+    images = [image] if isinstance(image, pil.Image) else list(image)
+    own = [with_own_colours(one) for one in images]
+    if all(one is None for one in own):
+        return None
+    pairs = zip(images, own, strict=True)
+    return tuple(to_srgb(plain) if one is None else one for plain, one in pairs)
+
+
 def outline(
     model: LatentDiffusion, pixels: Float[Tensor, "N C H W"], channels: int | None = None
 ) -> Tensor:
     """The pixels' latent without numbers (meta device), for a plan made before encoding."""
     own, *cells = latent_shape(model.autoencoder.space, *pixels.shape[2:])
     return torch.empty(len(pixels), own if channels is None else channels, *cells, device="meta")
-
-
-def latent_mask(model: LatentDiffusion, mask: Float[Tensor, "M _ H W"]) -> Float[Tensor, "M _ h w"]:
-    """1 for latent cells in which any pixel is to be drawn anew."""
-    factor = model.autoencoder.space.factor
-    return F.max_pool2d((mask > 0).float(), factor, ceil_mode=True)
-
-
-def mask_by_cell(
-    model: LatentDiffusion, mask: Float[Tensor, "M _ H W"]
-) -> Float[Tensor, "M _ h w"]:
-    """The mask by latent cells, each of its first pixel, 0 or 1, as networks were trained."""
-    factor = model.autoencoder.space.factor
-    return (mask[:, :, ::factor, ::factor] >= 0.5).float()
-
-
-def mask_by_pixel(
-    model: LatentDiffusion, mask: Float[Tensor, "M _ H W"]
-) -> Float[Tensor, "M K h w"]:
-    """The mask, 0 or 1, with the pixels of each latent cell as channels, row by row."""
-    factor, (height, width) = model.autoencoder.space.factor, mask.shape[2:]
-    whole = F.pad(mask, (0, -width % factor, 0, -height % factor), mode="replicate")
-    return F.pixel_unshuffle((whole >= 0.5).float(), factor)

@@ -27,7 +27,7 @@ def enlarge(
     """Plan a larger version of an image, with new details.
 
     Args:
-        model: Any model that takes the latent alone.
+        model: As for `image_to_image`.
         image: One for all images or one an image.
         request: Everything else.
         scale: The result has `scale` times the image's sides, rounded; at least 1.
@@ -50,7 +50,7 @@ def two_pass(
     """Run a request at the model's size, and plan its images `scale` times as large.
 
     Args:
-        model: Any model that takes the latent alone.
+        model: As for `image_to_image`.
         request: Request of the first pass; height and width are those of the small images.
         scale: As for `enlarge`.
         strength: As for `image_to_image`.

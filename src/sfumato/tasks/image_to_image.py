@@ -2,9 +2,14 @@
 
 SDEdit (Meng et al. 2022, arXiv:2108.01073, algorithm 1).
 
+A model trained for inpainting draws the whole image anew: its mask is 1 everywhere, as in
+diffusers' inpainting pipelines with a white mask.
+
 With little strength colours and shapes stay, with much only the composition: style transfer,
 variations, repairs.
 """
+
+import torch
 
 from sfumato.model import LatentDiffusion
 from sfumato.sampling import Plan, Request
@@ -13,9 +18,12 @@ from sfumato.tasks._images import (
     NoiseDraws,
     channels_error,
     extra_channels,
+    inpainting_channels,
     last_steps,
+    own_task,
     resize_request,
 )
+from sfumato.tasks.inpaint import inpaint
 
 
 def image_to_image(
@@ -29,7 +37,7 @@ def image_to_image(
     """Plan images that begin with an image.
 
     Args:
-        model: Any model that takes the latent alone.
+        model: A model that takes the latent alone, or one trained for inpainting.
         image: One for all images or one an image; the result has its size.
         request: Everything else.
         strength: Share of the steps that are run, in (0, 1].
@@ -40,8 +48,14 @@ def image_to_image(
         UserError: For a size, strength or network that does not fit.
     """
     pixels, request = resize_request(model, image, request)
+    if extra_channels(model) in inpainting_channels(model):
+        whole = torch.ones_like(pixels[:1, :1])
+        return inpaint(
+            model, pixels, whole, request, strength=strength, posterior=posterior, paste=False
+        )
     if extra_channels(model):
-        raise channels_error(model, "use the task that it was trained for")
+        task = own_task(model)
+        raise channels_error(model, f"use {task or 'the task that it was trained for'}")
     plan = model.plan(request)
     times = last_steps(plan.timesteps, strength)
     draws = NoiseDraws(model, plan, posterior)

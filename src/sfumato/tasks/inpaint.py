@@ -20,14 +20,13 @@ from sfumato.tasks._images import (
     NoiseDraws,
     channels_error,
     extra_channels,
+    inpainting_channels,
     last_steps,
-    latent_mask,
-    mask_by_cell,
-    mask_by_pixel,
-    mask_pixels,
     outline,
+    own_colours,
     resize_request,
 )
+from sfumato.tasks._masks import latent_mask, mask_by_cell, mask_by_pixel, mask_pixels
 
 
 def inpaint(
@@ -46,11 +45,13 @@ def inpaint(
     Args:
         model: A model trained for inpainting, or any that takes the latent alone.
         image: One for all images or one an image; the result has its size.
-        mask: White, or 1 in (1, 1, H, W), is drawn anew; grey is blended at the end.
+        mask: White, or 1 in (1, 1, H, W), is drawn anew; grey is blended at the end. Of an image,
+            levels within 16 of black or white count as black or white.
         request: Everything else.
         strength: Below 1 the run begins with the image under the mask too, as `image_to_image`.
         posterior: As for `image_to_image`.
-        paste: Put the pixels back that the mask leaves alone; else they go through the autoencoder.
+        paste: Put the pixels back that the mask leaves alone, with the transparency and the ICC
+            profile of a PIL image; else they go through the autoencoder, opaque and in sRGB.
         noise_only_start: At strength 1, give an ordinary model's first call noise alone in the
             known region too, as in diffusers; else the known latent there, as faint as the first
             time has it.
@@ -59,8 +60,8 @@ def inpaint(
         UserError: For a size, mask, strength or network that does not fit.
     """
     pixels, request = resize_request(model, image, request)
-    mask, extra, space = mask_pixels(pixels, mask), extra_channels(model), model.autoencoder.space
-    by_cell, by_pixel = 1 + space.channels, space.channels + space.factor**2
+    mask, extra = mask_pixels(pixels, mask), extra_channels(model)
+    by_cell, by_pixel = inpainting_channels(model)
     if extra not in (0, by_cell, by_pixel):
         needs = f"inpainting needs none, or a mask and an image ({by_cell} or {by_pixel})"
         raise channels_error(model, needs)
@@ -69,7 +70,11 @@ def inpaint(
             f"noise_only_start=True with strength={strength} and {extra} channels beside the "
             "latent: expected strength 1 and an ordinary model"
         )
-    request = replace(request, composite=(pixels, mask) if paste else None)
+    if paste:
+        originals = request.originals or own_colours(image)
+        request = replace(request, composite=(pixels, mask), originals=originals)
+    else:
+        request = replace(request, composite=None, originals=None)
     plan = model.plan(replace(request, concat=outline(model, pixels, extra)) if extra else request)
     times, draws = last_steps(plan.timesteps, strength), NoiseDraws(model, plan, posterior)
     z = draws.encode(pixels) if strength < 1 or not extra else None

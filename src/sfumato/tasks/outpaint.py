@@ -3,12 +3,13 @@
 from dataclasses import replace
 
 import torch.nn.functional as F
+from PIL import Image as pil
 from torch import Tensor
 
 from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
 from sfumato.sampling import Plan, Request
-from sfumato.tasks._images import ImageInput
+from sfumato.tasks._images import ImageInput, own_colours
 from sfumato.tasks.inpaint import inpaint
 from sfumato.validate import whole_number
 
@@ -59,8 +60,21 @@ def outpaint(
         )
     wide = F.pad(pixels, (left, right, top, bottom), mode="replicate")
     mask = outpaint_mask(pixels, sides)
-    request = replace(request or Request(), height=wide.shape[2], width=wide.shape[3])
+    originals = own_colours(image)
+    if originals is not None:
+        originals = tuple(_enlarge(one, sides) for one in originals)
+    height, width = wide.shape[2:]
+    request = replace(request or Request(), height=height, width=width, originals=originals)
     return inpaint(model, wide, mask, request, strength=strength, posterior=posterior)
+
+
+def _enlarge(image: pil.Image, sides: dict[str, int]) -> pil.Image:
+    """An image with empty pixels at its sides, and with its profile."""
+    width = image.width + sides["left"] + sides["right"]
+    wide = pil.new(image.mode, (width, image.height + sides["top"] + sides["bottom"]))
+    wide.paste(image, (sides["left"], sides["top"]))
+    wide.info = dict(image.info)
+    return wide
 
 
 def outpaint_mask(pixels: Tensor, sides: dict[str, int]) -> Tensor:

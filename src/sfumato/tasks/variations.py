@@ -65,7 +65,7 @@ def variations(
     """Plan variations of an image: image k differs by the noise of seed + k.
 
     Args:
-        model: Any model that takes the latent alone.
+        model: As for `image_to_image`; for "inversion" one that takes the latent alone.
         image: One for all images or one an image.
         request: Everything else.
         strength: "noise": share of the steps that are run, in (0, 1]; "inversion": in [0, 1].
