@@ -38,6 +38,8 @@ from sfumato.io.image_files import (
     to_srgb,
     with_own_colours,
 )
+from sfumato.predict.conditioners.class_labels import ClassLabels
+from sfumato.predict.conditioners.class_names import ClassNames
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
 P3, ADOBE = matrix_profile(DISPLAY_P3), matrix_profile(ADOBE_RGB, ADOBE_GAMMA)
@@ -298,9 +300,9 @@ def test_text_of_any_length_does_not_hide_the_image(tmp_path: Path) -> None:
 def test_large_images_open_and_larger_ones_are_refused_by_their_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with pytest.raises(UserError, match="has 400 megapixels, more than the 268"):
+    with pytest.raises(UserError, match="has 400 megapixels, more than the 268 "):
         open_image(png(8, 0, b"", (20_000, 20_000)))
-    with pytest.raises(UserError, match="has 10000 megapixels, more than the 268"):
+    with pytest.raises(UserError, match="has 10000 megapixels, more than the 268 "):
         open_image(png(8, 0, b"", (100_000, 100_000)))
     data = saved(Image.new("L", (30, 30), 7))
     monkeypatch.setattr(image_files, "PILLOW_LIMIT", 100)
@@ -314,7 +316,7 @@ def test_large_images_open_and_larger_ones_are_refused_by_their_size(
     # a limit that the program has set stays
     monkeypatch.setattr(image_files, "LARGEST", 900)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
-    with pytest.raises(UserError, match="megapixels"):
+    with pytest.raises(UserError, match=r"has 0\.0009 megapixels, more than the 0\.0001 "):
         open_image(data)
 
 
@@ -438,3 +440,22 @@ def test_a_grid_is_opaque_and_in_srgb() -> None:
     sheet = grid([p3, clear], pad=0)
     assert np.array_equal(sheet, np.hstack([flatten(p3), flatten(clear)]))
     assert torch.equal(to_tensor(sheet)[:, :, :, 8:], torch.ones(1, 3, 6, 8))
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+COMPOSED, DECOMPOSED = "caf\u00e9", "cafe\u0301"
+
+
+def test_names_of_classes_are_compared_composed(tmp_path: Path) -> None:
+    """File systems of macOS decompose names of folders; prompts are typed composed."""
+    for folder in (DECOMPOSED, COMPOSED, "bag"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(COLOURS).save(tmp_path / folder / "a.png")
+    images = open_images(tmp_path)
+    assert images.class_names == ("bag", COMPOSED)
+    assert images.labels is not None and images.labels.tolist() == [0, 1, 1]
+    for name, prompt in ((COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)):
+        assert ClassNames(("bag", name)).label(prompt) == 1
+        assert ClassNames(("bag", name)).label(prompt.upper()) == 1
+        assert ClassLabels(("bag", f"{name}, x")).label(prompt) == 1

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import math
 import os
+import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -65,7 +66,8 @@ class Listing:
         image_name: Index -> name of that image in a message. It can be pickled, and so can the
             `ImageSet`.
         labels: N class numbers, -1 where an image has none; None for a source without classes.
-        class_names: Name of class 0, 1, ...; empty when there are none.
+        class_names: Name of class 0, 1, ...; empty when there are none. Kept in Unicode's composed
+            form (NFC): macOS decomposes names of folders. Names equal in that form are one class.
         captions: N tuples of texts, all captions of an image, or None.
         skipped: (name, reason) of the images that the source already left out.
         rows: Index of each image in the source; None: 0..N-1.
@@ -87,6 +89,13 @@ class Listing:
     identity: str = ""
 
     def __post_init__(self) -> None:
+        composed = [unicodedata.normalize("NFC", name) for name in self.class_names]
+        if composed != list(self.class_names):
+            names = tuple(dict.fromkeys(composed))
+            object.__setattr__(self, "class_names", names)
+            if self.labels is not None:
+                number = np.array([*map(names.index, composed), -1])  # -1 is the last
+                object.__setattr__(self, "labels", number[np.asarray(self.labels)])
         for name, values in (("labels", self.labels), ("captions", self.captions)):
             if values is not None and len(values) != len(self.images):
                 raise UserError(

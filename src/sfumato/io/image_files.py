@@ -117,6 +117,14 @@ def _damage(error: Exception) -> str:
 
 
 def _load(stream: Stream) -> Image.Image:
+    image = _open(stream)
+    _scale_transparent_colour(image)
+    image.load()
+    return image
+
+
+def _open(stream: Stream) -> Image.Image:
+    """Read the header of an image; `UserError` for more pixels than `LARGEST`."""
     with _limit:  # Pillow has one limit for the whole program
         before = Image.MAX_IMAGE_PIXELS
         if before == PILLOW_LIMIT:
@@ -128,16 +136,21 @@ def _load(stream: Stream) -> Image.Image:
     pixels = image.width * image.height
     if pixels > LARGEST and before == PILLOW_LIMIT:
         raise _too_large(pixels)
-    _scale_transparent_colour(image)
-    image.load()
     return image
 
 
 def _too_large(pixels: int) -> UserError:
+    own = Image.MAX_IMAGE_PIXELS or PILLOW_LIMIT
+    # of some formats Pillow decodes a part, or all, by its own limit
+    limit = LARGEST if own == PILLOW_LIMIT and pixels > LARGEST else 2 * own
     return UserError(
-        f"it has {pixels / 1e6:.0f} megapixels, more than the {LARGEST / 1e6:.0f} that are opened "
+        f"it has {_millions(pixels)} megapixels, more than the {_millions(limit)} that are opened "
         "(larger ones may be decompression bombs): reduce it first"
     )
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:.0f}" if number >= 1e7 else f"{number / 1e6:.3g}"
 
 
 def _scale_transparent_colour(image: Image.Image) -> None:
@@ -260,6 +273,8 @@ def foreign_kind(head: bytes) -> str:
         kind = _BRANDS.get(head[8:12].decode("latin-1"), "a video")
         if kind == "a video":
             return "it is a video: export one frame as PNG"
+        if kind == "AVIF" and features.check("avif"):
+            return "it is AVIF, and its header is truncated or damaged: copy or download it again"
         return f"it is {kind}, which Pillow does not read here: convert it to PNG or JPEG"
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         return "it is a video (AVI): export one frame as PNG"
@@ -559,9 +574,10 @@ def losses(image: Image.Image, keeps: bool = False, grey: bool = False) -> list[
 def frame_count(path: str | Path) -> int:
     """Number of frames or pages of an image file; views of one scene (MPO) count as one."""
     try:
-        with Image.open(path) as image:
+        with Path(path).open("rb") as stream:
+            image = _open(stream)
             return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    except Exception:  # Pillow's limits of size and text, which `open_image` lifts
+    except Exception:  # Pillow's limit of text, which `open_image` lifts
         return 1
 
 

@@ -8,6 +8,7 @@ have their numbers: "crane (134)".
 """
 
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,7 @@ from sfumato.types import Conditioning
 
 def _loose(text: str) -> str:
     """A name without case and repeated spaces."""
-    return " ".join(text.casefold().split())
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
 @dataclass(frozen=True)

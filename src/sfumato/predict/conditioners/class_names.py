@@ -5,6 +5,7 @@ embedding table (a look-up), so that mixtures of classes are weights which sum t
 the null condition of classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, section 3.2).
 """
 
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,8 @@ from sfumato.types import Conditioning
 
 
 def _key(text: str) -> str:
-    """A name without case, hyphens, underscores and repeated spaces."""
+    """A name composed (NFC), without case, hyphens, underscores and repeated spaces."""
+    text = unicodedata.normalize("NFC", text)
     return " ".join(text.casefold().replace("-", " ").replace("_", " ").replace("/", " / ").split())
 
 
