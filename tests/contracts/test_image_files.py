@@ -4,6 +4,7 @@ Oracles of colours are the published formulas of sRGB and of the profiles' prima
 """
 
 import io
+import json
 import struct
 import zlib
 from pathlib import Path
@@ -459,3 +460,16 @@ def test_names_of_classes_are_compared_composed(tmp_path: Path) -> None:
         assert ClassNames(("bag", name)).label(prompt) == 1
         assert ClassNames(("bag", name)).label(prompt.upper()) == 1
         assert ClassLabels(("bag", f"{name}, x")).label(prompt) == 1
+
+
+@pytest.mark.parametrize("stored", [COMPOSED, DECOMPOSED])
+def test_names_of_files_are_compared_composed(stored: str, tmp_path: Path) -> None:
+    written = {COMPOSED: DECOMPOSED, DECOMPOSED: COMPOSED}[stored]
+    for kind in ("rows", "texts"):
+        (tmp_path / kind).mkdir()
+        Image.fromarray(COLOURS).save(tmp_path / kind / f"{stored}.png")
+    row = {"file_name": f"{written}.png", "text": "a cup"}
+    (tmp_path / "rows" / "metadata.jsonl").write_text(json.dumps(row))
+    (tmp_path / "texts" / f"{written}.txt").write_text("a cup")
+    for kind in ("rows", "texts"):
+        assert open_images(tmp_path / kind).captions == ["a cup"]

@@ -58,7 +58,12 @@ class Notes:
 
 def file_key(name: str) -> str:
     """A relative path as it is compared: with "/", without ".", in Unicode's composed form."""
-    return unicodedata.normalize("NFC", os.path.normpath(name.replace("\\", "/")))
+    return _composed(os.path.normpath(name.replace("\\", "/")))
+
+
+def _composed(name: str) -> str:
+    """A name in Unicode's composed form: macOS decomposes names of files."""
+    return unicodedata.normalize("NFC", name)
 
 
 def read_notes(
@@ -118,11 +123,12 @@ def _require(reading: Reading, tree: Tree, metadata: bool, sidecars: bool) -> No
 
 def _sidecars(tree: Tree) -> tuple[dict[Path, list[Path]], list[Path]]:
     """The text files of each image that has one, and those of no image."""
-    texts = set(tree.sidecars)
+    texts = {_composed(str(path)): path for path in tree.sidecars}
     beside: dict[Path, list[Path]] = {}
     for image in tree.images:
         names = [f"{stem}{end}" for end in SIDECARS for stem in (image.with_suffix(""), image)]
-        if files := [path for path in map(Path, dict.fromkeys(names)) if path in texts]:
+        keys = dict.fromkeys(map(_composed, names))
+        if files := [texts[key] for key in keys if key in texts]:
             beside[image] = files
     used = {path for files in beside.values() for path in files}
     return beside, [path for path in tree.sidecars if path not in used]
