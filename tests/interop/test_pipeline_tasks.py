@@ -366,7 +366,7 @@ def test_commands_with_text_models(
 ) -> None:
     photo, made = str(tmp_path / "photo.png"), tmp_path / "made.png"
     to_pil(smooth_image() * 2 - 1)[0].save(photo)
-    out = ["--steps", "4", "--n", "1", "--out", str(made)]
+    out = ["--steps", "4", "--n", "1", "--out", str(made), "--overwrite"]
     xl, second = (load(folders[name]) for name in ("SDXL", "refiner"))
     words = [
         "a cat",
@@ -397,9 +397,9 @@ def test_commands_with_text_models(
     )
     assert same(made, xl.run(image_to_image(xl, picture_of(photo), request, strength=0.5))[0])
     whole = load(folders["SDXL inpainting"])
-    words = ["red", "--steps", "2", "--model", str(folders["SDXL inpainting"])]
+    words = ["red", "--model", str(folders["SDXL inpainting"])]
     assert main(["edit", photo, *words, *out, "--strength", "0.5"]) == 0
-    plan = image_to_image(whole, picture_of(photo), Request("red", steps=2), strength=0.5)
+    plan = image_to_image(whole, picture_of(photo), Request("red", steps=4), strength=0.5)
     assert same(made, whole.run(plan)[0])
     for arguments, message in (
         (
