@@ -340,14 +340,22 @@ def test_commands_say_what_a_result_lacks(
     assert f"sfumato: cut.png: {lost} white\n" == capsys.readouterr().err
     assert main(["interpolate", "bag", "--images", "cut.png", "cut.png", "--n", "2", *options]) == 0
     assert capsys.readouterr().err.count(lost) == 2
-    assert main(["inpaint", "cut.png", "bag", "--mask", "mask.gif", *options]) == 0
+    assert (
+        main(["inpaint", "cut.png", "bag", "--mask", "mask.gif", *options, "--out", "made.png"])
+        == 0
+    )
     assert capsys.readouterr().err == "sfumato: mask.gif: the first of its 3 frames is used\n"
-    with Image.open("cut-inpaint.png") as made:
+    with Image.open("made.png") as made:
         assert made.mode == "RGBA" and made.info["icc_profile"] == profile
         assert np.array_equal(np.asarray(made)[:4], numbers[:4])
-    assert main(["outpaint", "cut.png", "bag", "--left", "2", "--grid", *options]) == 0
+    assert (
+        main(
+            ["outpaint", "cut.png", "bag", "--left", "2", "--grid", *options, "--out", "grown.png"]
+        )
+        == 0
+    )
     assert lost in capsys.readouterr().err
-    assert pixels("cut-outpaint.png").shape == (16, 18, 3)
+    assert pixels("grown.png").shape == (16, 18, 3)
 
 
 @pytest.mark.parametrize(
