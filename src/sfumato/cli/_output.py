@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import UserError, quoted
-from sfumato.io.signatures import another_kind
 
 if TYPE_CHECKING:
     from PIL.Image import Image
