@@ -346,7 +346,7 @@ def test_large_images_open_and_larger_ones_are_refused_by_their_size(
         (bytes(range(200, 256)), "not an image file that Pillow can open"),
     ],
 )
-def test_files_that_are_no_images_are_told_by_their_first_bytes(
+def test_files_that_are_no_images_are_named_by_their_first_bytes(
     data: bytes, reason: str, tmp_path: Path
 ) -> None:
     (tmp_path / "a.png").write_bytes(data)
@@ -358,7 +358,7 @@ def test_files_that_are_no_images_are_told_by_their_first_bytes(
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "tiff", "bmp", "gif"])
-def test_cut_files_are_told(kind: str) -> None:
+def test_cut_files_are_named(kind: str) -> None:
     data = saved(Image.effect_noise((64, 64), 80).convert("RGB"), kind)
     with pytest.raises(UserError, match=r"truncated|damaged"):
         open_image(data[: len(data) // 2])
