@@ -27,13 +27,15 @@ AVX2 = {
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "ATEN_CPU_CAPABILITY": "avx2",
 }
+SHARED = {"OMP_WAIT_POLICY": "PASSIVE"}  # the processors are shared with another test process
 KINDS: dict[str, dict[str, str]] = {
-    "2 threads": {"OMP_NUM_THREADS": "2"},
-    "12 threads": {"OMP_NUM_THREADS": "12", "OMP_WAIT_POLICY": "PASSIVE"},
+    "2 threads": SHARED | {"OMP_NUM_THREADS": "2"},
+    "12 threads": SHARED | {"OMP_NUM_THREADS": "12"},
     "the other vendor's MKL": VENDOR,
     "AVX2": AVX2,
     "AVX2, the other vendor's MKL, 2 threads, 1 of MKL": AVX2
     | VENDOR
+    | SHARED
     | {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "1"},
     "MKL's compatible kernels": {"MKL_CBWR": "COMPATIBLE"},
     "oneDNN without AMX": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
