@@ -106,6 +106,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "refiner": ("StableDiffusionXLImg2ImgPipeline", REFINER, {}, "refiner"),
 }
 NORMS = {"layers_per_block": 1, "norm_num_groups": 4}
+# Numbers of the layout, which its files do not hold: norms of 32 groups, 8 heads or heads 64
+# wide.
+WIDE = {"norm_num_groups": 32, "layers_per_block": 1}
+ORIGINALS: dict[str, dict[str, Any]] = {
+    "SD 1": {"block_out_channels": (32, 32, 64, 64), "attention_head_dim": 8},
+    "SD 2 with v": {"block_out_channels": (64, 64, 128, 128), "attention_head_dim": (1, 1, 2, 2)},
+    "SDXL": {
+        "block_out_channels": (64, 64, 128),
+        "attention_head_dim": (1, 1, 2),
+        "addition_time_embed_dim": 256,
+    },
+}
+SIDES = {"SD 1": 64, "SD 2 with v": 96, "SDXL": 128}
 
 
 def published_schedulers() -> dict[str, Any]:
@@ -196,6 +209,45 @@ def tiny_pipeline(family: str) -> Any:
     return assemble(
         family, **components, unet=randomised(unet, 1, 0.05), vae=randomised(vae, 2, 0.05)
     )
+
+
+def original_pipeline(family: str) -> Any:
+    """Build the pipeline of a family with the numbers that its single files imply.
+
+    It is otherwise as small as can be.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    _, shape, _, texts = FAMILIES[family]
+    parts, size = clip_encoders.parts(texts), len(clip_encoders.vocabulary())
+    act = "gelu" if texts == "sd2" else "quick_gelu"
+    for key in [k for k in parts if k.startswith("text_encoder")]:
+        two = key.endswith("_2")
+        values = CLIPTextConfig(
+            vocab_size=size, hidden_size=128 if two else 64, intermediate_size=512 if two else 256,
+            num_hidden_layers=3,
+            num_attention_heads=2 if two else 1, projection_dim=128 if two else 64,
+            hidden_act="gelu" if two else act,
+            bos_token_id=size - 2, eos_token_id=size - 1,
+        )  # fmt: skip
+        parts[key] = randomised(
+            (CLIPTextModelWithProjection if two else CLIPTextModel)(values), 3, 0.05
+        )
+    width = sum(
+        part.config.hidden_size for key, part in parts.items() if key.startswith("text_encoder")
+    )
+    shape = {"in_channels": 4, **shape, **WIDE, **ORIGINALS[family]}
+    if texts == "sdxl":
+        shape["projection_class_embeddings_input_dim"] = 128 + 6 * 256
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=SIDES[family], out_channels=4, cross_attention_dim=width, **shape
+    )
+    scale = {"scaling_factor": 0.13025} if texts == "sdxl" else {}
+    levels = {**vae_blocks(), "block_out_channels": (32, 32), **WIDE}
+    vae = diffusers.AutoencoderKL(
+        **levels, latent_channels=4, sample_size=SIDES[family] * 8, **scale
+    )
+    return assemble(family, **parts, unet=randomised(unet, 1, 0.05), vae=randomised(vae, 2, 0.05))
 
 
 def save_pipelines(

@@ -3,11 +3,14 @@
 sfumato.scheduler           scheduler_config.json
 sfumato.low_res_scheduler   that of a network which upscales small images
 sfumato.conditioner         conditioner/config.json: how prompts are encoded
-sfumato.tokenizer           CLIP's {"vocab": ..., "merges": ...}, or BERT's {"wordpiece": ...}
+sfumato.tokenizer           CLIP's {"vocab": ..., "merges": ...}, or BERT's {"wordpiece": ...};
+                            "settings" by encoder where they are not the family's (pad_token ...)
 sfumato.tokenizers          {"tokenizer": {file: text}, ...}, whole folders
 sfumato.model               {"name": ..., "defaults": ...}
 sfumato.configs             {part: config.json} of parts whose config other readers would guess
 sfumato.transformer         fields of the network's config that do not follow from keys and shapes
+sfumato.fields              {part: {field: value}} of a U-Net's model that keys do not show and that
+                            change no weight: default size of images, precision of layers
 sfumato.heads               {"num_heads": 8} or {"num_head_channels": 32}, as in LDM's YAML
 """
 
@@ -26,6 +29,12 @@ MODEL = "sfumato.model"
 CONFIGS = "sfumato.configs"
 TRANSFORMER = "sfumato.transformer"
 HEADS = "sfumato.heads"
+FIELDS = "sfumato.fields"
+FREE_FIELDS: dict[str, dict[str, Any]] = {
+    "unet": {"sample_size": None, "upcast_attention": False},
+    "vae": {"force_upcast": True},
+}
+"""The fields that `FIELDS` may hold, by part, and the values without them."""
 SCHEDULERS = {"scheduler": SCHEDULER, "low_res_scheduler": LOW_RES_SCHEDULER}
 """Keys of scheduler configs by their folders in a model."""
 FOLDER_FILES = {
@@ -94,6 +103,35 @@ def read_heads(metadata: Mapping[str, str], where: object) -> tuple[int | None, 
             f"or width of a head: {_DAMAGED}"
         )
     return heads
+
+
+def read_free_fields(metadata: Mapping[str, str], where: object) -> dict[str, dict[str, Any]]:
+    """Fields of configs by part; `UserError` for a note with any that is not in `FREE_FIELDS`."""
+    with explained(str(where)):
+        fields = read_json(metadata, FIELDS)
+        if any(fields[part].keys() - FREE_FIELDS.get(part, {}).keys() for part in fields):
+            raise UserError(f"its note {FIELDS}={metadata[FIELDS]!r} has other fields: {_DAMAGED}")
+        return fields
+
+
+def write_free_fields(configs: Mapping[str, Any], inferred: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of the fields that a reader of a file would take otherwise; empty without any.
+
+    Args:
+        configs: Of a model, by part.
+        inferred: Those that follow from its file.
+    """
+    fields = {
+        part: {
+            name: configs[part][name]
+            for name, usual in defaults.items()
+            if configs[part].get(name) not in (None, inferred[part].get(name, usual))
+        }
+        for part, defaults in FREE_FIELDS.items()
+        if part in configs
+    }
+    fields = {part: values for part, values in fields.items() if values}
+    return {FIELDS: json.dumps(fields)} if fields else {}
 
 
 def write_heads(config: Mapping[str, Any], plain: bool) -> dict[str, str]:

@@ -12,6 +12,7 @@ import base64
 import gzip
 import importlib.util
 import json
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,28 +40,104 @@ _FLAGS = {
 """Settings of a `BertTokenizer` by their names in its normalizer."""
 Vocabulary = tuple[dict[str, int], list[tuple[str, str]]]
 """CLIP's entries with their numbers, and its merges."""
+_SETTINGS = "settings"
+"""Entry of the note with a tokenizer's settings that differ from the family's, by encoder."""
+log = logging.getLogger("sfumato")
 
 
 # ---- CLIP ----------------------------------------------------------------------------------------
 
 
-def pack_clip(tokenizer: Any) -> str:
-    """The vocabulary of a `CLIPTokenizer`, for the metadata of a file."""
+def pack_clip(encoders: Mapping[str, Encoder], pads: Mapping[str, str]) -> str:
+    """The vocabulary of CLIP's tokenizers, for the metadata of a file.
+
+    Settings that differ from those of the family's published models are noted beside it, with a
+    warning: no other program reads them.
+
+    Args:
+        encoders: The text encoders by the ending of their folder's name; both of SDXL's have the
+            same words.
+        pads: The family's token that fills up prompts, for each of them.
+
+    Raises:
+        UserError: A tokenizer with added tokens, or of other rules.
+    """
+    tokenizer = [*encoders.values()][-1].tokenizer
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     merges = [list(m) if isinstance(m, list) else m.split(" ") for m in model["merges"]]
-    return json.dumps({"vocab": model["vocab"], "merges": merges})
+    note: dict[str, Any] = {"vocab": model["vocab"], "merges": merges}
+    for end, encoder in encoders.items():
+        positions = encoder.model.config.max_position_embeddings
+        usual = _clip_settings(pads[end], positions)
+        own = {name: getattr(encoder.tokenizer, name) for name in usual}
+        own["model_max_length"] = min(own["model_max_length"], positions)
+        if changed := {name: value for name, value in own.items() if value != usual[name]}:
+            note.setdefault(_SETTINGS, {})[end] = changed
+            log.warning(
+                "tokenizer%s has %s instead of %s: the file notes it for sfumato, and other "
+                "programs, which take their own, draw other images; save a folder for them",
+                end,
+                ", ".join(f"{name}={value!r}" for name, value in changed.items()),
+                ", ".join(repr(usual[name]) for name in changed),
+            )
+    packed = {TOKENIZER: json.dumps(note)}
+    for end, encoder in encoders.items():
+        length = encoder.model.config.max_position_embeddings
+        again = clip_tokenizer(pads[end], length, None, packed, end)
+        _require_same(f"tokenizer{end}", encoder.tokenizer, again)
+    return packed[TOKENIZER]
+
+
+def _clip_settings(pad: str, length: int) -> dict[str, Any]:
+    special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": pad}
+    return {**special, "model_max_length": length}
+
+
+def _require_same(name: str, tokenizer: Any, again: Any) -> None:
+    """Raise `UserError` where a file would give back another tokenizer.
+
+    Args:
+        name: Its folder in a model's folder, for the message.
+        tokenizer: The model's.
+        again: The one that a reader of the file builds.
+    """
+    added = tokenizer.added_tokens_encoder.keys() - again.get_vocab().keys()
+    if added:
+        names = sorted(added, key=tokenizer.added_tokens_encoder.__getitem__)
+        raise UserError(
+            f"{name} has {len(added)} added tokens ({', '.join(names[:6])}"
+            f"{', ...' if len(names) > 6 else ''}), such as those of textual inversions, "
+            "for which a single file has no place: save a folder instead"
+        )
+    before, after = (json.loads(t.backend_tokenizer.to_str()) for t in (tokenizer, again))
+    for rule in ("normalizer", "pre_tokenizer"):
+        if before[rule] != after[rule]:
+            raise UserError(
+                f"{name} has a {rule} of its own, for which a single file has no place: "
+                "save a folder instead"
+            )
+    if tokenizer.get_vocab() != again.get_vocab():
+        raise UserError(
+            f"{name} has other words than the model's other tokenizer, and a single file holds "
+            "one list: save a folder instead"
+        )
 
 
 def clip_tokenizer(
-    pad: str, length: int, folder: str | Path | None, metadata: Mapping[str, str]
+    pad: str,
+    length: int,
+    folder: str | Path | None,
+    metadata: Mapping[str, str],
+    end: str = "",
 ) -> Any:
     """A `CLIPTokenizer`.
 
     Args:
-        pad: The token that fills up prompts.
+        pad: The token that fills up prompts, where the metadata note no other.
         length: The number of positions.
         folder: With vocab.json and merges.txt; None: the file's own, or this machine's.
         metadata: The file's.
+        end: The ending of its encoder's folder.
 
     Raises:
         UserError: There is no vocabulary.
@@ -69,8 +146,13 @@ def clip_tokenizer(
 
     vocab, merges = _vocabulary(folder, metadata)
     tables: Any = {"vocab": vocab, "merges": merges}
-    special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": pad}
-    return CLIPTokenizer(**tables, model_max_length=length, **special)
+    noted = json.loads(metadata.get(TOKENIZER, "{}")).get(_SETTINGS, {}).get(end, {})
+    settings = _clip_settings(pad, length)
+    if not isinstance(noted, dict) or not noted.keys() <= settings.keys():
+        raise UserError(
+            f"the note {TOKENIZER} has settings {noted!r}: expected some of {', '.join(settings)}"
+        )
+    return CLIPTokenizer(**tables, **{**settings, **noted})
 
 
 def _vocabulary(folder: str | Path | None, metadata: Mapping[str, str]) -> Vocabulary:
@@ -156,12 +238,18 @@ def vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
 # ---- BERT ----------------------------------------------------------------------------------------
 
 
-def pack_bert(tokenizer: Any) -> str:
+def pack_bert(encoders: Mapping[str, Encoder], pads: Mapping[str, str]) -> str:
     """The words of a `BertTokenizer` in order, and its settings, for the metadata of a file.
 
+    Args:
+        encoders: The text transformer.
+        pads: Not used: BERT's is among the words.
+
     Raises:
-        UserError: A tokenizer of another kind, or with gaps in its numbers.
+        UserError: A tokenizer of another kind, with added tokens, or with gaps in its numbers.
     """
+    [encoder] = encoders.values()
+    tokenizer = encoder.tokenizer
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     rules, words = state["normalizer"] or {}, state["model"].get("vocab", {})
     kinds = state["model"].get("type"), rules.get("type")
@@ -172,7 +260,16 @@ def pack_bert(tokenizer: Any) -> str:
             "save a folder instead"
         )
     flags = {flag: rules.get(name) for flag, name in _FLAGS.items()}
-    return json.dumps({"wordpiece": sorted(words, key=words.__getitem__), **flags})
+    note = json.dumps({"wordpiece": sorted(words, key=words.__getitem__), **flags})
+    length = encoder.model.config.max_position_embeddings
+    again = bert_tokenizer(length, None, {TOKENIZER: note})
+    _require_same("tokenizer", tokenizer, again)
+    if tokenizer.pad_token_id != again.pad_token_id:
+        raise UserError(
+            f"tokenizer pads with {tokenizer.pad_token!r} instead of {again.pad_token!r}, "
+            "for which a single file has no place: save a folder instead"
+        )
+    return note
 
 
 def bert_tokenizer(length: int, folder: str | Path | None, metadata: Mapping[str, str]) -> Any:

@@ -66,11 +66,13 @@ class Tower(ABC):
     """A text encoder in single files: the part that it becomes, and its prefix.
 
     Attributes:
+        pad: the token that fills up prompts, as it was trained; empty: the tokenizer's
         decisive: fields of the config that change states and that no tensor's shape shows
         tokenizer_class: of its tokenizer in model_index.json
         eight_bits: whether its matrices are stored in eight bits where those of the transformer are
     """
 
+    pad: ClassVar[str] = ""
     decisive: ClassVar[tuple[str, ...]]
     tokenizer_class: ClassVar[str]
     eight_bits: ClassVar[bool] = False

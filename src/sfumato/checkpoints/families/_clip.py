@@ -10,7 +10,7 @@ begin with `text_model.`, as in older files; transformers 5 reads them with it a
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -66,15 +66,10 @@ def clip_config(
 
 
 class _ClipTower(Tower):
-    """A CLIP text tower.
-
-    Attributes:
-        pad: The token that fills up prompts, as it was trained.
-    """
+    """A CLIP text tower."""
 
     decisive = ("architectures", "hidden_act", "layer_norm_eps", "num_attention_heads")
     tokenizer_class = "CLIPTokenizer"
-    pad: ClassVar[str]
 
     def named(self, tensors: LazyTensors) -> dict[str, LazyTensor]:
         """Names with `text_model.`, without positions."""
@@ -100,7 +95,7 @@ class _ClipTower(Tower):
         with explained(path, (Exception,) if opened is None else WRONG):
             if opened is None:
                 length = model.config.max_position_embeddings
-                opened = clip_tokenizer(self.pad, length, options.tokenizer, raw.metadata)
+                opened = clip_tokenizer(self.pad, length, options.tokenizer, raw.metadata, self.end)
             return clip.ClipEncoder(opened, model, projected)
 
 

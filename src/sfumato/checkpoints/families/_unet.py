@@ -275,6 +275,9 @@ class UNetFamily(Family):
                 for name, key in notes.SCHEDULERS.items()
                 if key in raw.metadata
             }
+        for part, fields in notes.read_free_fields(raw.metadata, raw.path).items():
+            if part in components:
+                components[part].config.update(fields)
         return self.checkpoint(raw, components, schedulers, kind)
 
     def require_whole(self, checkpoint: Checkpoint) -> None:
@@ -400,7 +403,11 @@ class UNetFamily(Family):
             raise UserError(
                 f"the original layout has no place for {'; '.join(lost)}: save a folder instead"
             )
-        return raw
+        configs, inferred = (
+            {name: part.config for name, part in c.components.items()} for c in (checkpoint, again)
+        )
+        free = notes.write_free_fields(configs, inferred)
+        return replace(raw, metadata={**raw.metadata, **free})
 
     def single_file(self, checkpoint: Checkpoint) -> RawCheckpoint | None:
         """The file; None for a U-Net with a guidance scale, which has no original layout."""
@@ -440,14 +447,15 @@ class UNetFamily(Family):
             notes.SCHEDULERS[name]: json.dumps(config)
             for name, config in checkpoint.schedulers.items()
         }
-        if encoders := [*conditioner.encoders.values()]:  # both of SDXL's have the same words
-            noted[notes.TOKENIZER] = self.pack_tokenizer(encoders[-1].tokenizer)
+        if conditioner.encoders:
+            pads = {tower.end: tower.pad for tower in self.towers}
+            noted[notes.TOKENIZER] = self.pack_tokenizer(conditioner.encoders, pads)
         return noted | {notes.CONDITIONER: json.dumps(conditioner.to_config())}
 
     @staticmethod
-    def pack_tokenizer(tokenizer: Any) -> str:
-        """The tokenizer of its text encoders, for the metadata."""
-        return pack_clip(tokenizer)
+    def pack_tokenizer(encoders: Mapping[str, Any], pads: Mapping[str, str]) -> str:
+        """The tokenizers of its text encoders, for the metadata; arguments of `pack_clip`."""
+        return pack_clip(encoders, pads)
 
     # ---- models ----------------------------------------------------------------------------------
 

@@ -257,6 +257,11 @@ def read(path: Path, name: str, options: LoadOptions) -> Checkpoint:
             f"{path}/model_index.json names {names}: "
             f"expected at least {vae} and {' or '.join(NETWORKS)}"
         )
+    if index.get("is_cosxl_edit"):
+        raise UserError(
+            f"{path}/model_index.json has is_cosxl_edit=true, a model whose image latents are "
+            "scaled, which is not supported: use another InstructPix2Pix model"
+        )
     require_variant(path, options.variant)
     defaults = {} if family is None else dict(family.autoencoder_defaults)
     components = {"vae": _read_vae(path / vae, options, defaults, index)}

@@ -59,6 +59,41 @@ IGNORED_FIELDS = GENERATION_FIELDS | set(
 # ---- one text ------------------------------------------------------------------------------------
 
 
+def further_vectors(tokenizer: Any) -> dict[int, list[str]]:
+    """Learned words of several vectors: the id of the first -> the names of the others.
+
+    A textual inversion (Gal et al. 2022, arXiv:2208.01618) of three vectors is stored as the tokens
+    `<cat>`, `<cat>_1` and `<cat>_2`, as diffusers adds them to a tokenizer.
+    """
+    names, words = tokenizer.added_tokens_encoder, dict[int, list[str]]()
+    for name, number in names.items():
+        others: list[str] = []
+        while (other := f"{name}_{len(others) + 1}") in names:
+            others.append(other)
+        if others:
+            words[number] = others
+    return words
+
+
+def spell_out(tokenizer: Any, text: str) -> str:
+    """Write all vectors of a learned word where a text has its first.
+
+    diffusers does the same (`maybe_convert_prompt`), but for words with capitals, of which it reads
+    the first vector alone. A word that is written out stays as it is.
+    """
+    words = further_vectors(tokenizer)
+    if not words:
+        return text
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, spans = encoding["input_ids"], encoding["offset_mapping"]
+    for k in reversed(range(len(ids))):
+        others = words.get(ids[k], [])
+        if others and ids[k + 1 : k + 2] != tokenizer.convert_tokens_to_ids(others[:1]):
+            end = spans[k][1]
+            text = " ".join((text[:end], *others)) + text[end:]
+    return text
+
+
 def check_length(tokenizer: Any, text: str, length: int, prompt: str, special: bool = True) -> None:
     """Refuse a text of more than `length` tokens.
 
@@ -72,6 +107,7 @@ def check_length(tokenizer: Any, text: str, length: int, prompt: str, special: b
     Raises:
         UserError: For a longer text, with the counts of the prompt's own tokens.
     """
+    text, prompt = spell_out(tokenizer, text), spell_out(tokenizer, prompt)
     count = len(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
     if count > length:
         frame = count - len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
@@ -91,7 +127,7 @@ def tokenize(
     `check_length`.
     """
     encoding = tokenizer(
-        text,
+        spell_out(tokenizer, text),
         add_special_tokens=special,
         padding="max_length",
         truncation=True,

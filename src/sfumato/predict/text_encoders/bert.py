@@ -24,6 +24,7 @@ from sfumato.predict.text_encoders._transformers import (
     check_tokenizer,
     load_network,
     open_tokenizer,
+    spell_out,
 )
 from sfumato.predict.text_encoders.base import Encoder, require_transformers
 from sfumato.predict.text_encoders.ldm_bert import LDMBert, LDMBertConfig
@@ -67,7 +68,7 @@ class BertEncoder(Encoder):
 
     def token_ids(self, text: str) -> list[int]:
         """Ids of the tokens at all positions; `UserError` for a text that is too long."""
-        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        ids = self.tokenizer(spell_out(self.tokenizer, text), verbose=False)["input_ids"]
         if len(ids) > self.length:
             raise UserError(
                 f"prompt {quoted(text)} has {len(ids) - 2} tokens: expected at most "

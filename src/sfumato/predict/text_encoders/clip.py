@@ -29,8 +29,10 @@ from sfumato.predict.text_encoders._transformers import (
     check_counts,
     check_fields,
     check_tokenizer,
+    further_vectors,
     load_network,
     open_tokenizer,
+    spell_out,
     without_heads,
 )
 from sfumato.predict.text_encoders.base import Encoder, require_transformers
@@ -115,12 +117,20 @@ class ClipEncoder(Encoder):
         return self.model.config.num_hidden_layers
 
     def tokens(self, pieces: Sequence[tuple[str, float]]) -> list[Token]:
-        """[(text, weight)] -> tokens without begin and end; every piece is tokenized on its own."""
-        tokens: list[Token] = []
+        """[(text, weight)] -> tokens without begin and end; every piece is tokenized on its own.
+
+        A learned word is all of its vectors (`spell_out`), which stay in one chunk.
+        """
+        tokenizer, tokens = self.tokenizer, list[Token]()
+        parts = further_vectors(tokenizer).values()
+        inner = {number for names in parts for number in tokenizer.convert_tokens_to_ids(names)}
         for text, weight in pieces:
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            for id, word in zip(ids, self.tokenizer.convert_ids_to_tokens(ids), strict=True):
-                last = word.endswith("</w>") or id in self.tokenizer.added_tokens_decoder
+            text = spell_out(tokenizer, text)
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            words = tokenizer.convert_ids_to_tokens(ids)
+            for id, word, following in zip(ids, words, [*ids[1:], None][: len(ids)], strict=True):
+                last = word.endswith("</w>") or id in tokenizer.added_tokens_decoder
+                last = last and following not in inner
                 tokens.append(Token(id, weight, last, comma=word == ",</w>"))
         return tokens
 
