@@ -42,6 +42,8 @@ Vocabulary = tuple[dict[str, int], list[tuple[str, str]]]
 """CLIP's entries with their numbers, and its merges."""
 _SETTINGS = "settings"
 """Entry of the note with a tokenizer's settings that differ from the family's, by encoder."""
+_WHOLE = "whole_words"
+"""Entry of these settings: words that are tokens by themselves wherever they stand."""
 log = logging.getLogger("sfumato")
 
 
@@ -80,12 +82,15 @@ def pack_clip(encoders: Mapping[str, Encoder], pads: Mapping[str, str]) -> str:
                 ", ".join(f"{name}={value!r}" for name, value in changed.items()),
                 ", ".join(repr(usual[name]) for name in changed),
             )
-    packed = {TOKENIZER: json.dumps(note)}
     for end, encoder in encoders.items():
         length = encoder.model.config.max_position_embeddings
-        again = clip_tokenizer(pads[end], length, None, packed, end)
+        again = clip_tokenizer(pads[end], length, None, {TOKENIZER: json.dumps(note)}, end)
         _require_same(f"tokenizer{end}", encoder.tokenizer, again)
-    return packed[TOKENIZER]
+        # such as "!", which a tokenizer that once padded with it never joins to a word
+        whole = encoder.tokenizer.added_tokens_encoder.keys() - again.added_tokens_encoder.keys()
+        if whole:
+            note.setdefault(_SETTINGS, {}).setdefault(end, {})[_WHOLE] = sorted(whole)
+    return json.dumps(note)
 
 
 def _clip_settings(pad: str, length: int) -> dict[str, Any]:
@@ -142,17 +147,22 @@ def clip_tokenizer(
     Raises:
         UserError: There is no vocabulary.
     """
-    from transformers import CLIPTokenizer
+    from transformers import AddedToken, CLIPTokenizer
 
     vocab, merges = _vocabulary(folder, metadata)
     tables: Any = {"vocab": vocab, "merges": merges}
     noted = json.loads(metadata.get(TOKENIZER, "{}")).get(_SETTINGS, {}).get(end, {})
-    settings = _clip_settings(pad, length)
+    settings, whole = _clip_settings(pad, length), []
+    if isinstance(noted, dict):
+        noted = dict(noted)
+        whole = noted.pop(_WHOLE, [])
     if not isinstance(noted, dict) or not noted.keys() <= settings.keys():
         raise UserError(
             f"the note {TOKENIZER} has settings {noted!r}: expected some of {', '.join(settings)}"
         )
-    return CLIPTokenizer(**tables, **{**settings, **noted})
+    tokenizer = CLIPTokenizer(**tables, **{**settings, **noted})
+    tokenizer.add_tokens([AddedToken(word, special=True, normalized=False) for word in whole])
+    return tokenizer
 
 
 def _vocabulary(folder: str | Path | None, metadata: Mapping[str, str]) -> Vocabulary:
