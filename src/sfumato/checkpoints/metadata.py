@@ -115,7 +115,7 @@ def read_free_fields(metadata: Mapping[str, str], where: object) -> dict[str, di
 
 
 def write_free_fields(configs: Mapping[str, Any], inferred: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata of the fields that a reader of a file would take otherwise; empty without any.
+    """The metadata of the fields whose values a reader of a file would not guess; or empty.
 
     Args:
         configs: Of a model, by part.
