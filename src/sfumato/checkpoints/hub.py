@@ -100,7 +100,7 @@ def download(source: HubId, variant: str | None = None, network: bool = True) ->
         from huggingface_hub import HfApi
 
         try:
-            info = HfApi().repo_info(source.name, revision=source.revision)
+            info = HfApi().model_info(source.name, revision=source.revision)
             names = sorted(file.rfilename for file in info.siblings or ())
         except Exception as error:
             # offline, a repository that is gone or gated now: a copy in the cache is still good

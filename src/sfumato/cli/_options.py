@@ -370,7 +370,9 @@ class RunOptions(ModelOptions):
         options = {name: value for name, value in options.items() if value is not None}
         if source is None:
             return load(self.model, **options, **self.reading(self.sampler))
-        return load(source, **options, **({"variant": self.variant} if self.variant else {}))
+        if self.variant:
+            options["variant"] = self.variant
+        return load(source, **options)
 
     def load_for_sampling(
         self, steps: int | None, source: str | None = None, pack: bool | None = None

@@ -132,7 +132,7 @@ def _captions(value: Any, row: int, column: str, source: str) -> Captions:
             f"{type(odd).__name__} in column {column}: expected text or a list of texts; "
             f"caption_column={NONE} ignores it"
         )
-    return unique(t for t in texts if t)
+    return unique(str(t) for t in texts if t)
 
 
 def empty_note(captions: Sequence[Captions] | None) -> str:

@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError, features
 
 from sfumato.errors import UserError
 
@@ -159,7 +159,9 @@ def _scale_transparent_colour(image: Image.Image) -> None:
     Pillow scales pixels of 2, 4 and 16 bits to 8, and leaves this colour as the file has it.
     """
     value = image.info.get("transparency")
-    if image.format != "PNG" or value is None or not image.tile:
+    if not isinstance(image, ImageFile.ImageFile) or image.format != "PNG":
+        return
+    if value is None or not image.tile:
         return
     raw_mode = str(image.tile[0][3])
     if raw_mode == "RGB;16B":
@@ -480,7 +482,8 @@ def _read_profile(data: bytes, mode: str) -> Profile | None:
         return None
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(data))
-        if str(opened.profile.xcolor_space).strip() != SPACES[mode]:
+        # Pillow's stubs type `profile` as the file's name
+        if str(opened.profile.xcolor_space).strip() != SPACES[mode]:  # pyright: ignore
             return None
         srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
         forward = _transform(opened, srgb, mode, "RGB")
@@ -491,7 +494,9 @@ def _read_profile(data: bytes, mode: str) -> Profile | None:
     if mode == "CMYK":
         return profile
     samples = _samples(mode)
-    difference = np.subtract(profile.decode(samples), samples, dtype=np.int64)
+    difference = np.subtract(
+        np.asarray(profile.decode(samples)), np.asarray(samples), dtype=np.int64
+    )
     if np.abs(difference).max() <= SRGB_TOLERANCE:
         return replace(profile, is_srgb=True)
     try:

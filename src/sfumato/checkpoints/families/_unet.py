@@ -507,7 +507,7 @@ def read_unet(raw: RawCheckpoint, config: Config) -> Component:
         UserError: A file without a U-Net of this config.
     """
     if "conv_in.weight" in raw.tensors and "down_blocks.0.resnets.0.conv1.weight" in raw.tensors:
-        return Component(config, raw.tensors)
+        return Component(dict(config), raw.tensors)
     first = "input_blocks.0.0.weight"
     prefix = next((p for p in (NETWORK, "") if p + first in raw.tensors), None)
     if prefix is None:
@@ -524,7 +524,7 @@ def read_unet(raw: RawCheckpoint, config: Config) -> Component:
         if key.startswith(prefix) and not key.startswith(others) and not _BUFFERS.fullmatch(key)
     }
     check_sources(maps, tensors, raw.path)
-    return Component(config, load_all(maps, tensors, raw.path))
+    return Component(dict(config), load_all(maps, tensors, raw.path))
 
 
 def _absent(*parts: str) -> dict[str, Any]:
