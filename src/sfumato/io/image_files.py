@@ -123,7 +123,7 @@ def _load(stream: Stream) -> Image.Image:
     return image
 
 
-def _open(stream: Stream) -> Image.Image:
+def _open(stream: Stream) -> ImageFile.ImageFile:
     """Read the header of an image; `UserError` for more pixels than `LARGEST`."""
     with _limit:  # Pillow has one limit for the whole program
         before = Image.MAX_IMAGE_PIXELS
@@ -153,7 +153,7 @@ def _millions(number: int) -> str:
     return f"{number / 1e6:.0f}" if number >= 1e7 else f"{number / 1e6:.3g}"
 
 
-def _scale_transparent_colour(image: Image.Image) -> None:
+def _scale_transparent_colour(image: ImageFile.ImageFile) -> None:
     """Bring the transparent colour of a PNG (tRNS) to the levels of the decoded pixels.
 
     Pillow scales pixels of 2, 4 and 16 bits to 8, and leaves this colour as the file has it.
@@ -482,8 +482,7 @@ def _read_profile(data: bytes, mode: str) -> Profile | None:
         return None
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(data))
-        # Pillow's stubs type `profile` as the file's name
-        if str(opened.profile.xcolor_space).strip() != SPACES[mode]:  # pyright: ignore
+        if data[16:20].decode("latin-1").strip() != SPACES[mode]:  # of the profile's header
             return None
         srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
         forward = _transform(opened, srgb, mode, "RGB")
