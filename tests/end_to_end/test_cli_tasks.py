@@ -4,6 +4,7 @@ Pixels outside the mask stay, bit for bit.
 """
 
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 from PIL import Image
 
 from helpers.images import pixels
+from helpers.models import tiny_model
 from helpers.processes import run_python
+from helpers.profiles import DISPLAY_P3, matrix_profile
 from sfumato.cli import main
 from sfumato.errors import UserError
 from sfumato.images import read_parameters, to_tensor
@@ -319,3 +322,63 @@ def test_the_clock_starts_before_torch_is_imported(tmp_path: Path) -> None:
     line = run_python("-m", "sfumato", *command, cwd=tmp_path).stdout.splitlines()[-1]
     seconds = re.search(r"\(import (\d+\.\d\d), load", line)
     assert seconds is not None and float(seconds[1]) > 0, line
+
+
+def test_commands_say_what_a_result_lacks(
+    tmp_path: Path, working_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model(channels=3).save(tmp_path / "colour")
+    numbers = np.random.default_rng(4).integers(0, 256, (16, 16, 4), np.uint8)
+    profile = matrix_profile(DISPLAY_P3)
+    Image.fromarray(numbers, "RGBA").save("cut.png", icc_profile=profile)
+    frames = [Image.new("L", (16, 16), level) for level in (0, 255, 0)]
+    frames[0].paste(255, (4, 4, 12, 12))
+    frames[0].save("mask.gif", save_all=True, append_images=frames[1:])
+    options = ["--model", str(tmp_path / "colour"), "--steps", "3"]
+    lost = "its colours become sRGB, by its profile 'test colours'; its transparency is laid over"
+    assert main(["edit", "cut.png", "bag", *options]) == 0
+    assert f"sfumato: cut.png: {lost} white\n" == capsys.readouterr().err
+    assert main(["interpolate", "bag", "--images", "cut.png", "cut.png", "--n", "2", *options]) == 0
+    assert capsys.readouterr().err.count(lost) == 2
+    assert (
+        main(["inpaint", "cut.png", "bag", "--mask", "mask.gif", *options, "--out", "made.png"])
+        == 0
+    )
+    assert capsys.readouterr().err == "sfumato: mask.gif: the first of its 3 frames is used\n"
+    with Image.open("made.png") as made:
+        assert made.mode == "RGBA" and made.info["icc_profile"] == profile
+        assert np.array_equal(np.asarray(made)[:4], numbers[:4])
+    assert (
+        main(
+            ["outpaint", "cut.png", "bag", "--left", "2", "--grid", *options, "--out", "grown.png"]
+        )
+        == 0
+    )
+    assert lost in capsys.readouterr().err
+    assert pixels("grown.png").shape == (16, 18, 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "it is a folder: expected one image file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "run `git lfs pull`"),
+        (b"<!DOCTYPE html>", "a web page: download the image itself"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\xff\xff\0\0\xff\xff\x08\0\0\0\0", "megapixels"),
+    ],
+    ids=["folder", "pointer", "page", "large"],
+)
+def test_images_that_are_none_are_refused_by_their_cause(
+    content: bytes | None, message: str, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is None:
+        Path("odd.png").mkdir()
+    else:
+        if b"IHDR" in content:
+            content += zlib.crc32(content[12:]).to_bytes(4, "big")
+        Path("odd.png").write_bytes(content)
+    for arguments in (["edit", "odd.png"], ["inpaint", "photo.png", "--mask", "odd.png"]):
+        assert main([*arguments, "--model", str(tiny)]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("sfumato: odd.png could not be read as an image") and message in err
+        assert err.count("\n") == 1
