@@ -129,7 +129,7 @@ def test_grey_has_profiles_too() -> None:
         assert np.abs(pixels(result) - srgb_encoded((stored / 255) ** 1.8) * 255).max() <= 2, kind
     # PNG allows no profile of RGB for grey, and readers ignore it
     colour = saved(Image.fromarray(levels), icc_profile=ADOBE)
-    assert np.array_equal(flatten(open_image(colour)), levels)
+    assert np.array_equal(np.asarray(flatten(open_image(colour))), levels)
 
 
 def test_ink_becomes_srgb_by_its_profile() -> None:
