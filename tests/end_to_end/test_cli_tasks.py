@@ -324,7 +324,7 @@ def test_the_clock_starts_before_torch_is_imported(tmp_path: Path) -> None:
     assert seconds is not None and float(seconds[1]) > 0, line
 
 
-def test_commands_say_what_a_result_lacks(
+def test_commands_name_the_losses_of_a_result(
     tmp_path: Path, working_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_model(channels=3).save(tmp_path / "colour")
