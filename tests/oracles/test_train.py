@@ -661,6 +661,69 @@ def test_bf16_and_fp32_run_one_after_the_other(tmp_path: Path) -> None:
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
 
 
+def trained(folder: Path, precision: Any, **arguments: Any) -> nn.Module:
+    """A denoiser after the four steps of `LOOP`."""
+    torch.manual_seed(0)
+    objective = denoiser(
+        DenoiserLoss(),
+        FLOW,
+        Latents(torch.randn(8, 2, 8, 8, generator=torch.Generator().manual_seed(0))),
+    )
+    settings = replace(LOOP, precision=precision, save_every=2)
+    return train(objective, settings, folder, **arguments)
+
+
+@pytest.mark.parametrize("faster", ["bf16", "fp32"])
+def test_precision_of_the_faster_step_is_that_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster: str
+) -> None:
+    kinds: list[str] = []
+
+    def choose(kind: str, kernels: Mapping[str, Any]) -> str:
+        kinds.append(kind)
+        assert [*kernels] == ["fp32", "bf16"]
+        for prepare in kernels.values():
+            prepare()()
+        return faster
+
+    monkeypatch.setattr("sfumato.train.precision.fastest", choose)
+    monkeypatch.setattr("sfumato.train.precision.onednn", lambda: Supported)
+    chosen = trained(tmp_path / "auto", "auto")
+    assert len(kinds) == 1 and kinds[0].startswith("training step of a ")
+    assert json.loads((tmp_path / "auto" / "run.json").read_text())["loop"]["precision"] == faster
+    explicit = trained(tmp_path / "explicit", faster)
+    # timing the steps has left no trace in the weights or the random state
+    assert all(
+        torch.equal(a, b) for a, b in zip(chosen.parameters(), explicit.parameters(), strict=True)
+    )
+
+
+class Supported:
+    """oneDNN of a processor that computes in bfloat16."""
+
+    _is_mkldnn_bf16_supported = staticmethod(lambda: True)
+
+
+def test_resumed_run_keeps_its_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine may be faster in the other precision."""
+
+    def interrupt(step: int) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "auto", "bf16", on_step=interrupt)
+
+    def never(kind: str, kernels: Mapping[str, Any]) -> str:
+        raise AssertionError(f"{kind} was measured")
+
+    monkeypatch.setattr("sfumato.train.precision.fastest", never)
+    resumed, whole = trained(tmp_path / "auto", "auto"), trained(tmp_path / "whole", "bf16")
+    assert all(
+        torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True)
+    )
+
+
 def test_fp16_on_a_cpu_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"fp16.*GPU.*bf16"):
         train(Line(), replace(LOOP, precision="fp16"), tmp_path)

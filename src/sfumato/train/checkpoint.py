@@ -176,6 +176,16 @@ def load(
     return None
 
 
+def saved_precision(folder: Path) -> str | None:
+    """The precision of the run whose newest checkpoint is in a folder; None: there is none."""
+    if not (saved := steps(folder)):
+        return None
+    run = _read_state(folder, saved[-1]).get("run")
+    loop = run.get("loop") if isinstance(run, dict) else None
+    value = loop.get("precision") if isinstance(loop, dict) else None
+    return value if value in ("fp32", "bf16", "fp16") else None
+
+
 def load_average(folder: Path, network: nn.Module) -> int:
     """Load the averaged weights of the newest whole checkpoint.
 

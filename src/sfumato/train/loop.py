@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -28,6 +28,7 @@ from sfumato.train.ema import EMA
 from sfumato.train.history import History, set_aside, stopped_sentence, to_json
 from sfumato.train.logger import Means, RunLog
 from sfumato.train.objective import Draw, Objective
+from sfumato.train.precision import choose_precision
 from sfumato.train.settings import check_fields
 from sfumato.train.signals import Signals
 from sfumato.validate import number_in, one_of, positive_int, seed_number, whole_number
@@ -35,7 +36,7 @@ from sfumato.validate import number_in, one_of, positive_int, seed_number, whole
 logger = logging.getLogger(__name__)
 
 DECAYS = ("constant", "linear", "cosine")
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class LoopSettings:
     clip: float = 1.0
     """Largest norm of the gradient; inf is no clipping."""
     ema: float = 0.999
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """auto: bf16 where a step is faster in it on this machine, else fp32."""
     seed: int = 0
     save_every: int = 1000
     """A checkpoint is written every so many steps, at the end and at Ctrl-C."""
@@ -140,7 +142,7 @@ def start(settings: LoopSettings) -> Any:
             f"training needs the package {error.name}: run `pip install 'sfumato[train]'`"
         ) from error
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
-    precision = {"fp32": "no"}.get(settings.precision, settings.precision)
+    precision = {"fp32": "no", "auto": "no"}.get(settings.precision, settings.precision)
     # With cpu=True on machines without a GPU, accelerate joins the processes of torchrun; else each
     # would run by itself.
     cpu = not torch.accelerator.is_available()
@@ -203,11 +205,17 @@ def train(
         Stopped: After Ctrl-C, SIGTERM or SIGHUP.
     """
     accelerator = start(settings)
-    main, rank = accelerator.is_main_process, accelerator.process_index
     plain, checkpoints = objective.networks, out / "checkpoints"
-    if main and not resume:
+    if accelerator.is_main_process and not resume:
         set_aside(out)
     accelerator.wait_for_everyone()
+    if settings.precision == "auto":
+        chosen = choose_precision(
+            objective, settings.batch_size, settings.seed, accelerator, checkpoints
+        )
+        settings = replace(settings, precision=chosen)  # pyright: ignore[reportArgumentType]
+        accelerator = start(settings)
+    main, rank = accelerator.is_main_process, accelerator.process_index
     for network in plain.values():
         network.to(accelerator.device).train()
     optimizers: dict[str, torch.optim.Optimizer] = {

@@ -38,7 +38,7 @@ denoiser = DenoiserRecipe(
         weight_decay=0.01,
         betas=(0.9, 0.99),
         ema=0.998,
-        precision="bf16",
+        precision="auto",
         save_every=450,
         show_every=600,
     ),

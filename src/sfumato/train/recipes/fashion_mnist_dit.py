@@ -31,7 +31,7 @@ denoiser = DenoiserRecipe(
         weight_decay=0.01,
         betas=(0.9, 0.99),
         ema=0.999,
-        precision="bf16",
+        precision="auto",
         save_every=1580,
         show_every=1580,
     ),
