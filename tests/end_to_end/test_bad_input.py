@@ -152,6 +152,27 @@ def content(file: str, make: Callable[[bytes], bytes | None]) -> Callable[[Path]
     return damage
 
 
+def of_class(file: str, name: Any) -> Callable[[Path], None]:
+    """Names a part's class in its config and in model_index.json, which decides."""
+
+    def damage(folder: Path) -> None:
+        change(file, lambda v: v.update(_class_name=name))(folder)
+        part = file.partition("/")[0]
+        change(INDEX, lambda v: v[part].__setitem__(1, name))(folder)
+
+    return damage
+
+
+def with_scheduler(config: dict[str, Any]) -> Callable[[Path], None]:
+    """Gives a folder another scheduler."""
+
+    def damage(folder: Path) -> None:
+        of_class(SCHEDULER, config["_class_name"])(folder)
+        write_json(folder / SCHEDULER, config)
+
+    return damage
+
+
 UNET, VAE, SCHEDULER = "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"
 CONDITIONER, INDEX, FILE = "conditioner/config.json", "model_index.json", f"unet/{WEIGHTS}"
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -240,24 +261,18 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "zero groups": (
         change(VAE, lambda v: v.update(norm_num_groups=0)),
-        "vae/config.json.* has a value of the wrong kind",
+        "vae/config.json: norm_num_groups=0: expected a whole number of at least 1",
     ),
     "statistics of another length": (
         change(VAE, lambda v: v.update(latents_std=[1.0])),
-        "vae/config.json.* has a value of the wrong kind",
+        "vae/config.json: a latent space of 2 channels needs as many means and positive stds",
     ),
     "unknown class": (
-        change(UNET, lambda v: v.update(_class_name="AuraFlowTransformer2DModel")),
+        of_class(UNET, "AuraFlowTransformer2DModel"),
         "of class 'AuraFlowTransformer2DModel'",
     ),
-    "class is a path": (
-        change(UNET, lambda v: v.update(_class_name="../../etc/passwd")),
-        "of class '../../etc/passwd'",
-    ),
-    "class is a list": (
-        change(UNET, lambda v: v.update(_class_name=["UNet2DConditionModel"])),
-        "of class",
-    ),
+    "class is a path": (of_class(UNET, "../../etc/passwd"), "of class '../../etc/passwd'"),
+    "class is a list": (of_class(UNET, ["UNet2DConditionModel"]), "of class"),
     "unknown conditioner": (
         change(CONDITIONER, lambda v: v.update(_class_name="clas_names")),
         "did you mean 'class_names'",
@@ -295,26 +310,23 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         "4 class embeddings, conditioner has 0 classes",
     ),
     "unknown scheduler": (
-        change(SCHEDULER, lambda v: v.update(_class_name="Dpm")),
+        of_class(SCHEDULER, "Dpm"),
         "scheduler class 'Dpm'",
     ),
     "scheduler of another kind": (
-        content(
-            SCHEDULER,
-            lambda b: (
-                b'{"_class_name": "DDIMScheduler", "clip_sample": false, "num_train_timesteps": '
-                b'"many"}'
-            ),
+        with_scheduler(
+            {"_class_name": "DDIMScheduler", "clip_sample": False, "num_train_timesteps": "many"}
         ),
         "num_train_timesteps='many'",
     ),
     "scheduler that cannot be solved": (
-        content(
-            SCHEDULER,
-            lambda b: (
-                b'{"_class_name": "DDIMScheduler", "clip_sample": false, "beta_start": '
-                b'2.0, "beta_end": 3.0}'
-            ),
+        with_scheduler(
+            {
+                "_class_name": "DDIMScheduler",
+                "clip_sample": False,
+                "beta_start": 2.0,
+                "beta_end": 3.0,
+            }
         ),
         "beta_start=2.0, beta_end=3.0: expected numbers between 0 and 1",
     ),

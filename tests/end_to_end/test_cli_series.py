@@ -297,7 +297,10 @@ def test_a_second_model_finishes(tiny: Path, tmp_path: Path) -> None:
             ["vary", "a.png", "--strength", "-1", "--way", "inversion"],
             "strength=-1.0: expected a number in [0, 1]",
         ),
-        (["vary", "a.png", "--way", "magic"], "unknown way to vary an image 'magic'"),
+        (
+            ["vary", "a.png", "--way", "magic"],
+            "unknown way 'magic': expected one of inversion, noise",
+        ),
         (["vary", "a.png", "--way", "inversion", "--sampler", "heun"], "expected ddim"),
         (["vary", "a.png", "cat", "--strength", "0.5"], "unknown class 'cat'"),
         (
@@ -324,7 +327,7 @@ def test_a_second_model_finishes(tiny: Path, tmp_path: Path) -> None:
         ),
         (
             ["interpolate", "--images", "a.png", "b.png", "--way", "magic"],
-            "unknown way between images",
+            "unknown way 'magic': expected one of inversion, noise",
         ),
         (
             ["interpolate", "--images", "a.png", "b.png", "--strength", "2"],

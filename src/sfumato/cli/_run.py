@@ -82,11 +82,13 @@ def check_options(
     at_least(options, 1, "n", "steps", "threads", "batch")
     at_least(options, 0, "clip_skip")
     check_names(options.sampler, options.spacing, options.guidance)
-    strength = vars(options).get("strength")
-    if strength is not None:
-        number_in("strength", strength, 0, 1)
     if (way := vars(options).get("way")) is not None:
         one_of("way", way, ("noise", "inversion"))
+    if (strength := vars(options).get("strength")) is not None:
+        if way == "inversion":  # 0 is the image again
+            number_in("strength", strength, 0, 1)
+        else:
+            number_in("strength", strength, at_most=1, above=0)
     n = options.n if isinstance(options.n, int) else 1
     seed_number("--seed", options.seed, n if by_seed else 1)
     if options.memory is not None:
@@ -102,10 +104,15 @@ def check_prompts(model: "LatentDiffusion", request: "Request") -> None:
     from sfumato.types import ImageSpec
 
     size = ImageSpec(model.sample_size, model.sample_size)
-    for text, second in (
-        (request.prompt, request.prompt_2),
-        (request.negative_prompt, request.negative_prompt_2),
+    for name, text, second in (
+        ("prompt", request.prompt, request.prompt_2),
+        ("negative_prompt", request.negative_prompt, request.negative_prompt_2),
     ):
+        if second is not None and len(model.conditioner.encoders) < 2:
+            raise UserError(
+                f"{name}_2 {second!r}: this model has no second text encoder, "
+                f"put everything into {name}"
+            )
         if isinstance(text, str):
             model.conditioner.check([text], size, [second] if isinstance(second, str) else None)
 
