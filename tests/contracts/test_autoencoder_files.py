@@ -60,7 +60,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"down_block_types": ["DownEncoderBlock2D", "KDownBlock2D"]},
         "expected 2 names, each DownEncoderBlock2D",
     ),
-    ("AutoencoderKL", {"scaling_factor": 0}, "value of the wrong kind"),
+    ("AutoencoderKL", {"scaling_factor": 0}, "scaling_factor=0: expected a number above 0"),
     ("AutoencoderKLFlux2", {"patch_size": [2, 1]}, "two equal numbers"),
     ("AutoencoderKLFlux2", {"patch_size": [0, 0]}, "two equal numbers"),
     ("AutoencoderKLFlux2", {"patch_size": 2}, "value of the wrong kind"),
@@ -306,7 +306,11 @@ def test_pickles_with_code_are_refused(tmp_path: Path) -> None:
     torch.save({"0.weight": Trap()}, tmp_path / "a_encoder.pth")
     torch.save([1, 2], tmp_path / "b_encoder.pth")
     (tmp_path / "c_encoder.pth").write_bytes(b"not a pickle")
-    for name, words in (("a", "wants to run code"), ("b", "holds a list"), ("c", "is not a whole")):
+    for name, words in (
+        ("a", "wants to run code"),
+        ("b", "holds a list"),
+        ("c", "is not a pickle of tensors"),
+    ):
         with pytest.raises(UserError) as caught:
             load_taesd(tmp_path / f"{name}_encoder.pth", decoder)
         assert_one_sentence(caught.value, words, f"{name}_encoder.pth")

@@ -549,10 +549,10 @@ def test_a_model_keeps_its_division_and_evaluate_uses_it(
     again = load(tmp_path / "model")
     assert again.training_data == model.training_data and again.hash == model.hash
     assert "training_data" not in json.loads((tiny / "model_index.json").read_text())["_sfumato"]
-    sets = _images(again, Evaluate("model", str(tmp_path / "p")))
+    sets = _images(again, Evaluate(model="model", data=str(tmp_path / "p")))
     for images, right in zip(sets, (split.training, split.held_out), strict=True):
         assert images.rows.tolist() == right.rows.tolist()
         assert images.class_names == ("bag", "boot", "train")
     assert "those that the model's training held out" in log.text
-    anew = _images(again, Evaluate("model", str(tmp_path / "p"), held_out=0.2))
+    anew = _images(again, Evaluate(model="model", data=str(tmp_path / "p"), held_out=0.2))
     assert len(anew[1]) == 2, "an option divides them anew"

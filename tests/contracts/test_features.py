@@ -241,7 +241,7 @@ def test_efficientnet_padding_is_that_of_tensorflow() -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("fashon", "expected one of fashion"),
+        ("fashon", "expected one of auto, fashion"),
         ("inception:nowhere.pt", "is missing"),
         ("no_such_module:thing", "could not be imported"),
         ("sfumato.errors:unknown_thing", "could not be imported"),

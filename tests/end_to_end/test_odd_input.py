@@ -142,7 +142,7 @@ def test_a_flag_without_its_value_is_the_parsers_error(capsys: pytest.CaptureFix
             parse(Generate, words, "generate")
         assert "Missing value" in capsys.readouterr().err
     with pytest.raises(SystemExit):  # flags of a recipe are not those of a dataclass alone
-        train(["denoiser", "other/fashion_mnist", "--out", "--batch-size"])
+        train(["denoiser", "fashion_mnist", "--out", "--batch-size"])
 
 
 # ---- errors of the system ------------------------------------------------------------------------

@@ -492,7 +492,7 @@ def change_config(folder: Path, **values: Any) -> None:
         ("block_out_channels", [8, 18], "18 is not a multiple of norm_num_groups 4"),
         ("up_block_types", ["UpBlock2D"], "needs 2 down_block_types and 2 up_block_types"),
         ("out_channels", 4, "does not fit its config"),
-        ("norm_num_groups", 0, "value of the wrong kind"),
+        ("norm_num_groups", 0, "norm_num_groups=0: expected a whole number of at least 1"),
         ("time_cond_proj_dim", 3, "time_cond_proj_dim=3: expected a whole number of at least 4"),
         ("time_cond_proj_dim", 256, "does not fit its config"),
     ],
@@ -610,12 +610,13 @@ def test_flow_scheduler_in_both_directions(tmp_path: Path) -> None:
 
 
 FLOW, TABLE = "FlowMatchEulerDiscreteScheduler", "DDIMScheduler"
+UNKNOWN = "TomorrowsScheduler"
 
 
 @pytest.mark.parametrize(
     ("name", "values", "words"),
     [
-        ("IPNDMScheduler", {}, "scheduler class 'IPNDMScheduler' is not known"),
+        (UNKNOWN, {}, f"scheduler class {UNKNOWN!r} is not known"),
         (
             TABLE,
             {"trained_betas": [0.1, 1.2], "num_train_timesteps": 2},
@@ -631,7 +632,7 @@ FLOW, TABLE = "FlowMatchEulerDiscreteScheduler", "DDIMScheduler"
 )
 def test_unsupported_schedulers_are_refused(name: str, values: dict[str, Any], words: str) -> None:
     good = {"clip_sample": False} if name != FLOW else {}
-    if name != "IPNDMScheduler":
+    if name != UNKNOWN:
         from_scheduler_config({"_class_name": name, **good})
     with pytest.raises(UserError, match=words):
         from_scheduler_config({"_class_name": name, **good, **values})

@@ -495,7 +495,10 @@ def test_doors_that_are_missing_or_do_not_fit(tmp_path: Path) -> None:
     ("change", "sentence"),
     [
         ({"num_layers": 0}, "num_layers=0: expected a whole number of at least 1"),
-        ({"num_attention_heads": True}, "num_attention_heads=True: expected a whole number"),
+        (
+            {"num_attention_heads": True},
+            "num_attention_heads=True has a value of the wrong kind: expected a whole number",
+        ),
         ({"sample_size": 1}, "sample_size=1: expected a whole number of at least 2"),
         ({"out_channels": 3}, "out_channels=3: expected a whole number of at least 4"),
         (

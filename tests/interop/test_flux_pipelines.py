@@ -557,7 +557,7 @@ def test_tasks_on_the_command_line(
     whole, streamed = (Image.open(path) for path in paths)
     assert whole.tobytes() == streamed.tobytes()
     assert json.loads(whole.info["sfumato"])["distilled_guidance"] == 3.0
-    assert main([*words, "--guidance", "2", "--out", str(paths[0])]) == 2
+    assert main([*words, "--guidance", "2", "--out", str(tmp_path / "third.png")]) == 2
     assert "with distilled guidance 2 alone" in capsys.readouterr().err
 
 

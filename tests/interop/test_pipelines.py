@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from helpers.models import randomised
 from helpers.pipelines import (
     FAMILIES,
     ORIGINALS,
@@ -462,7 +463,7 @@ def in_scaled_fp8(tensors: dict[str, Tensor], scale: str, mark: bytes = b"") -> 
 @pytest.mark.parametrize("family", ORIGINALS)
 def test_files_with_a_unet_in_scaled_fp8(family: str, tmp_path: Path) -> None:
     """A whole file in eight bits, one with the U-Net alone in them, and a U-Net beside a folder."""
-    original(family).save_pretrained(tmp_path / "folder")
+    original_pipeline(family).save_pretrained(tmp_path / "folder")
     folder = load(tmp_path / "folder")
     folder.save(tmp_path / "one.safetensors")
     tensors = load_file(tmp_path / "one.safetensors")

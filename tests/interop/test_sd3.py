@@ -728,7 +728,10 @@ def test_missing_or_mismatched_parts_are_named() -> None:
     ("values", "expected"),
     [
         ({"num_layers": 0}, "num_layers=0: expected a whole number of at least 1"),
-        ({"patch_size": True}, "patch_size=True: expected a whole number"),
+        (
+            {"patch_size": True},
+            "patch_size=True has a value of the wrong kind: expected a whole number",
+        ),
         ({"out_channels": 0}, "out_channels=0: expected a whole number"),
         (
             {"caption_projection_dim": 33},

@@ -863,6 +863,9 @@ def test_a_sit_draws_with_a_folder(tmp_path: Path) -> None:
     assert again.generate("fox", seed=1)[0].tobytes() == model.generate("fox", seed=1)[0].tobytes()
     place = tmp_path / "folder" / "scheduler" / "scheduler_config.json"
     place.write_text(json.dumps({"_class_name": "DDIMScheduler", "beta_schedule": "linear"}))
+    index = json.loads((tmp_path / "folder" / "model_index.json").read_text())
+    index["scheduler"][1] = "DDIMScheduler"  # this class decides
+    (tmp_path / "folder" / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(
         UserError,
         match=r"scheduler_config\.json is of a process with target 'eps', and a SiTTransformer "

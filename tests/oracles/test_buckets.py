@@ -584,7 +584,7 @@ def test_a_recipe_with_buckets_becomes_a_model(folder: Path, tmp_path: Path) -> 
     ("data", "says"),
     [
         ({"buckets": 2}, "multiple of 4, the autoencoder's factor 2 times the network's patch 2"),
-        ({"buckets": 0}, "multiple of 4"),
+        ({"buckets": 0}, "buckets=0: expected a whole number of pixels from 1 to 16384"),
         ({"size": None}, "need both"),
         ({"size": 18}, "multiple of the step"),
     ],

@@ -138,7 +138,7 @@ def test_any_network_is_trained_by_a_recipe(name: str, place: Path, tmp_path: Pa
             "a DiT is conditioned on classes or text, and pictures has no classes",
         ),
         (
-            Flux2Config(),
+            Flux2Config(**FLUX, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=True),
             "flux",
             None,
             "guidance_embeds=True: the strength of guidance is learned from another model, not "
