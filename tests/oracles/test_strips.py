@@ -244,8 +244,12 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=range(len(SHAPES)))
-@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize(
+    ("shape", "memory"),
+    [(SHAPES[0], memory) for memory in MEMORIES]
+    + [(shape, memory) for shape in SHAPES[1:] for memory in MEMORIES[1:3]],
+    ids=str,
+)
 def test_decoding_and_encoding_in_strips_is_the_whole(
     shape: dict[str, Any], memory: int | None
 ) -> None:
