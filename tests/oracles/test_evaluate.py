@@ -457,12 +457,12 @@ def means_of_images() -> Features:
 def test_worthless_images_are_far_from_real_ones_in_features_that_count() -> None:
     train, test = photographs(90, 1), photographs(60, 2)
     reference = prepare_reference(train, test, toy_features())
-    good = reference.sanity(60)
+    good = reference.sanity
     assert good.separates and good.count == 60
     good.require("toy")
     report = evaluate_samples(photographs(60, 3), None, reference)
     assert report["sanity_flat"].value == good.flat > 2 * report["sanity_flat"].floor
-    blind = prepare_reference(train, test, means_of_images()).sanity(60)
+    blind = prepare_reference(train, test, means_of_images()).sanity
     assert blind.flat == pytest.approx(blind.floor, rel=1e-3) and not blind.separates
     with pytest.raises(
         UserError, match="features 'means' with 60 images do not tell worthless images from real"

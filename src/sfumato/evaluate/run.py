@@ -18,6 +18,7 @@ Frechet distance of all n stands beside it without a floor.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -45,7 +46,7 @@ from sfumato.evaluate.memorisation import memorisation
 from sfumato.evaluate.precision_recall import expected_coverage, manifold
 from sfumato.evaluate.reconstruction import reconstruction
 from sfumato.evaluate.report import Metric, Report, Rows
-from sfumato.evaluate.sanity import Sanity, sanity
+from sfumato.evaluate.sanity import COUNT, Sanity, sanity
 from sfumato.evaluate.throughput import Speed
 
 NEIGHBOURS = 3
@@ -109,10 +110,10 @@ class Reference:
         """Choose the held-out images that `count` samples are compared with: as many, or all."""
         return choose(len(self.test), min(count, len(self.test)), self.seed)
 
-    def sanity(self, count: int) -> Sanity:
-        """Measure noise and flat colours, as many as `count` samples are compared by."""
-        rows = self.floor_rows(count)
-        network = self.features.hash
+    @cached_property
+    def sanity(self) -> Sanity:
+        """Noise and flat colours beside as many held-out images, measured once."""
+        rows, network = self.floor_rows(COUNT), self.features.hash
         floor = frechet_distance(gaussian(self.test_features[rows], network), self.statistics)
         return sanity(self.features, self.test[rows], self.statistics, floor, self.seed)
 
@@ -221,7 +222,7 @@ def evaluate_samples(
         every = frechet_distance(gaussian(f_samples, features.hash), reference.statistics)
         about = f"all {count} samples; {equal} held-out images give no floor for so many"
         metrics += (Metric("frechet_distance_all", every, None, "lower", about),)
-    worthless = sanity(features, test[floor_rows], reference.statistics, floor_distance, seed)
+    worthless = reference.sanity
     metrics += (
         *_metrics(
             near,
@@ -247,13 +248,10 @@ def evaluate_samples(
             "share of samples nearer to it than 99 % of held-out images; 0.01 expected",
         ),
     )
-    control = "of the features: Frechet distance of {}, far above the floor"
-    metrics += (
-        Metric("sanity_noise", worthless.noise, floor_distance, "higher", control.format("noise")),
-        Metric(
-            "sanity_flat", worthless.flat, floor_distance, "higher", control.format("flat colours")
-        ),
-    )
+    for name, kind in (("noise", "images of noise"), ("flat", "flat colours")):
+        about = f"of the features: Frechet distance of {worthless.count} {kind}"
+        value = getattr(worthless, name)
+        metrics += (Metric(f"sanity_{name}", value, worthless.floor, "higher", about),)
     tables: tuple[Rows, ...] = ()
     guesses: Tensor | None = None
     if features.class_names:

@@ -18,6 +18,8 @@ from sfumato.evaluate.features import FeatureNetwork, extract
 from sfumato.evaluate.frechet import GaussianStatistics, frechet_distance, gaussian
 from sfumato.evaluate.inputs import Images
 
+COUNT = 300
+"""Most images of each kind: enough to tell them apart, and quickly measured."""
 SEPARATION = 1.25
 """Least multiple of the floor that noise and flat colours must have.
 

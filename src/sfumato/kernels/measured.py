@@ -147,7 +147,8 @@ def _keep(kind: str, measure: Callable[[], dict[str, float]]) -> dict[str, float
         return on_disk
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"version": _VERSION, "kind": kind, "seconds": seconds, **_description()})
+        machine = _description(torch.get_num_threads())
+        write_json(file, {"version": _VERSION, "kind": kind, "seconds": seconds, **machine})
     except (UserError, OSError) as error:
         _report_unwritten(str(error))
     return seconds
@@ -166,10 +167,10 @@ def _report_unwritten(error: str) -> None:
 @cache
 def _machine(threads: int) -> str:
     """Return the hash of all that times depend on, `threads` of torch included."""
-    return hashlib.sha256(json.dumps([_description(), threads]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(_description(threads)).encode()).hexdigest()[:16]
 
 
-def _description() -> dict[str, Any]:
+def _description(threads: int) -> dict[str, Any]:
     """Describe all that times depend on."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return {
@@ -177,7 +178,7 @@ def _description() -> dict[str, Any]:
         "model": _processor_model(),
         "torch": str(torch.__version__),
         "vector instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "limits": {name: os.environ[name] for name in LIMITS if name in os.environ},
     }
 
