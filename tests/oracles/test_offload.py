@@ -6,6 +6,7 @@
 import copy
 import gc
 import json
+import re
 import shutil
 import sys
 import threading
@@ -505,14 +506,18 @@ def test_too_little_memory_names_a_budget_that_works(
 
 @pytest.mark.parametrize("size", [0, -1, "", "3 apples", "GB", True, "1e9", "-3GB"])
 def test_wrong_sizes(size: Any, tiny: Path) -> None:
-    with pytest.raises(UserError, match="expected a number of bytes, or a text such as '3GB'"):
-        host_memory.parse_size(size)
+    message = f" {size!r}: expected a number of bytes, or a text such as '3GB'"
+    for name in ("memory", "data.cache_size"):
+        with pytest.raises(UserError, match=re.escape(name + message)):
+            host_memory.parse_size(size, name)
 
 
 @pytest.mark.parametrize("size", ["10", " 0.5 ", "3000000000"])
 def test_a_size_without_a_unit_is_refused(size: str) -> None:
-    with pytest.raises(UserError, match=rf"has no unit: expected one, as in {size.strip()}GB"):
-        host_memory.parse_size(size)
+    for name in ("memory", "data.cache_size"):
+        expected = f"{name} {size!r} has no unit: expected one, as in {size.strip()}GB"
+        with pytest.raises(UserError, match=re.escape(expected)):
+            host_memory.parse_size(size, name)
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,12 @@ _UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*")
 
 
-def parse_size(size: int | str) -> int:
+def parse_size(size: int | str, name: str = "memory") -> int:
     """Parse a size in bytes: an integer, or a text such as "3GB" (10^9), "1.5GiB" or "800 MB".
+
+    Args:
+        size: at least 1 byte.
+        name: of the setting, for the message.
 
     Raises:
         UserError: anything else, sizes below 1 byte, and a text without a unit, which people mean
@@ -35,7 +39,7 @@ def parse_size(size: int | str) -> int:
     """
     if isinstance(size, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*", size):
         raise UserError(
-            f"memory {size!r} has no unit: expected one, as in {size.strip()}GB or 800MB"
+            f"{name} {size!r} has no unit: expected one, as in {size.strip()}GB or 800MB"
         )
     match = _SIZE.fullmatch(size.upper()) if isinstance(size, str) else None
     if match is not None and match[2] in _UNITS:
@@ -44,7 +48,7 @@ def parse_size(size: int | str) -> int:
         count = size if isinstance(size, int) and not isinstance(size, bool) else 0
     if count < 1:
         raise UserError(
-            f"memory {size!r}: expected a number of bytes, or a text such as '3GB' or '800MB'"
+            f"{name} {size!r}: expected a number of bytes, or a text such as '3GB' or '800MB'"
         )
     return count
 
