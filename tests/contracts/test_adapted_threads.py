@@ -5,7 +5,8 @@ The clock and the number of threads are the test's own.
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from threading import Thread, current_thread, main_thread
 
 import pytest
 import torch
@@ -29,7 +30,8 @@ class Machine:
         return self.count
 
     def set_num_threads(self, count: int) -> None:
-        self.count = count
+        if current_thread() is main_thread():
+            self.count = count
 
     def perf_counter(self) -> float:
         return self.now
@@ -132,6 +134,29 @@ def run_inner(choice: ThreadChoice, machine: Machine) -> None:
     with adapted_threads():
         for _ in range(6):
             choice("kind", machine.call)
+
+
+def test_other_python_threads_keep_the_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch sets the number of those that begin later, too."""
+    before, numbers = torch.get_num_threads(), list[int]()
+    choice = ThreadChoice()
+
+    def timed(compute: Callable[[], Tensor]) -> tuple[Tensor, float, float]:
+        return compute(), torch.get_num_threads() / 10, 0.0  # fewer threads are faster
+
+    monkeypatch.setattr(threads, "_timed", timed)
+    try:
+        torch.set_num_threads(3)
+        with adapted_threads():
+            for _ in range(2):
+                choice("kind", lambda: torch.ones(1))
+            assert torch.get_num_threads() == 1
+            beside = Thread(target=lambda: numbers.append(torch.get_num_threads()))
+            beside.start()
+            beside.join()
+        assert [*numbers, torch.get_num_threads()] == [3, 3]
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

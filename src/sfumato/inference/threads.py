@@ -18,6 +18,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from threading import Thread
 
 import torch
 from torch import Tensor
@@ -78,25 +79,31 @@ class ThreadChoice:
             return compute()
         state = self._kinds.setdefault((kind, most), _Kind(most))
         if torch.get_num_threads() != state.threads:
-            torch.set_num_threads(state.threads)
+            _set_here(state.threads, most)
         y, seconds, used = _timed(compute)
         waited = used < _USED * state.threads * seconds
         if state.left > 0:
             state.left -= 1
         elif seconds < _LONG and waited and state.threads > 1:
-            self._try(state, state.threads // 2, compute, y, seconds)
+            self._try(state, state.threads // 2, most, compute, y, seconds)
         elif seconds < _LONG and state.threads < most:
-            self._try(state, min(most, 2 * state.threads), compute, y, seconds)
+            self._try(state, min(most, 2 * state.threads), most, compute, y, seconds)
         return y
 
     def _try(
-        self, state: _Kind, threads: int, compute: Callable[[], Tensor], y: Tensor, seconds: float
+        self,
+        state: _Kind,
+        threads: int,
+        most: int,
+        compute: Callable[[], Tensor],
+        y: Tensor,
+        seconds: float,
     ) -> None:
         """Make the call with another number of threads, and keep that number if it is faster."""
         pair = frozenset((threads, state.threads))
         faster = False
         if pair not in state.differ:
-            torch.set_num_threads(threads)
+            _set_here(threads, most)
             again, other_seconds, _ = _timed(compute)
             faster = other_seconds < _GAIN * seconds
             if not torch.equal(again, y):
@@ -106,9 +113,22 @@ class ThreadChoice:
             state.threads, state.wait = threads, _FIRST
         else:
             state.wait = min(_LAST, 2 * state.wait)
-            torch.set_num_threads(state.threads)
+            _set_here(state.threads, most)
         # fewer threads may be better still; more are worth a trial later
         state.left = 0 if faster and threads > 1 else state.wait
+
+
+def _set_here(threads: int, most: int) -> None:
+    """Set the number of threads of this Python thread alone.
+
+    torch sets that of this one, and of those that begin later: `most` is set again for them, by one
+    that ends at once.
+    """
+    torch.set_num_threads(threads)
+    if threads < most:
+        reset = Thread(target=torch.set_num_threads, args=(most,))
+        reset.start()
+        reset.join()
 
 
 def _timed(compute: Callable[[], Tensor]) -> tuple[Tensor, float, float]:
