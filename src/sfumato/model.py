@@ -171,9 +171,15 @@ class LatentDiffusion:
         )
         if bottom or right:  # the last cells cover more than the image: its edge is repeated there
             pixels = F.pad(pixels, (0, right, 0, bottom), mode="replicate")
+        expected = (len(pixels), *shape)
+        if noise is not None and noise.shape != expected:
+            raise UserError(f"noise of shape {tuple(noise.shape)}: expected {expected}")
+        if len(pixels) == 0:
+            return torch.empty(expected, device=self.device)
         resident = denoiser_streamer(self) is None
         way = pieces.encoding_of(self, shape[1:], len(pixels))
-        noises = [None] * len(pixels) if noise is None else noise.split(way.images)
+        parts = pixels.split(way.images)
+        noises = [None] * len(parts) if noise is None else noise.split(way.images)
         with torch.inference_mode():
             z = torch.cat(
                 [
@@ -184,7 +190,7 @@ class LatentDiffusion:
                         retry=resident,
                         strips=way.name == "exact",
                     )
-                    for part, draw in zip(pixels.split(way.images), noises, strict=False)
+                    for part, draw in zip(parts, noises, strict=True)
                 ]
             )
         check_finite(z, f"compress, with the autoencoder in {_name(self.autoencoder.dtype)}")

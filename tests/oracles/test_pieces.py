@@ -102,6 +102,34 @@ def test_images_are_composed_and_encoded_by_pieces(
     assert [p.size for p in model.run(request)] == [(16, 16)] * 3
 
 
+def test_feature_maps_are_counted_once(
+    model: LatentDiffusion, counted: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name in ("step_bytes", "decode_bytes"):
+        count = getattr(pieces, name)
+        monkeypatch.setattr(
+            pieces, name, lambda *a, name=name, count=count: calls.append(name) or count(*a)
+        )
+    pieces._count_row.cache_clear()
+    pieces._count_image.cache_clear()
+    for _ in range(2):
+        assert pieces._row_bytes(model, CELLS) == counted["row"]
+        assert pieces._image_bytes(model.autoencoder, CELLS, "whole", "decode") == counted["whole"]
+    assert calls == ["step_bytes", "decode_bytes"]
+    larger = (2 * CELLS[0], CELLS[1])
+    assert (pieces._row_bytes(model, larger) or 0) > counted["row"]
+
+
+def test_noise_of_encoding_has_the_shape_of_the_latents(model: LatentDiffusion) -> None:
+    pixels = torch.zeros(3, 3, 16, 16)
+    for shape in ((3, 2, 4, 8), (3, 5, 8, 8)):
+        with pytest.raises(UserError, match=r"noise of shape .*: expected \(3, 2, 8, 8\)"):
+            model.encode(pixels, torch.zeros(shape))
+    for noise in (None, torch.zeros(0, 2, 8, 8)):
+        assert model.encode(pixels[:0], noise).shape == (0, 2, 8, 8)
+
+
 # ---- under a limit -------------------------------------------------------------------------------
 
 
@@ -113,6 +141,10 @@ def streamed(
     monkeypatch.setattr(MemoryBudget, "now", lambda self: BASE)
     model.save(tmp_path / "model")
     yield sfumato.load(tmp_path / "model", memory=PLENTY)
+
+
+def test_no_requests_under_a_limit(streamed: LatentDiffusion) -> None:
+    assert streamed.run_many([]) == []
 
 
 def limit(model: LatentDiffusion, network: nn.Module, room: int) -> None:

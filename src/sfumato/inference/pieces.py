@@ -12,9 +12,10 @@ last bit.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -80,8 +81,10 @@ def rows_of(model: Model, plans: Sequence[Plan], batch: int | None = None) -> in
     """
     if batch is not None:
         positive_int("batch", batch, unit="rows in a forward pass")
+    if not plans:
+        return batch
     streamer = streamer_of(model.denoiser.network)
-    largest = max((plan.latent_shape[1:] for plan in plans), key=math.prod, default=(1, 1))
+    largest = max((plan.latent_shape[1:] for plan in plans), key=math.prod)
     # guidance calls the network twice, or more often
     rows = sum(plan.n * (1 if plan.guidance.off else 2) for plan in plans)
     images = sum(plan.n for plan in plans)
@@ -109,10 +112,16 @@ def _row_bytes(model: Model, cells: Cells) -> int | None:
     network = model.denoiser.network
     if not isinstance(network, Network):
         return None
+    return _count_row(type(network), network.config, _dtype(network), cells)
+
+
+@lru_cache(maxsize=64)
+def _count_row(
+    kind: type[Network], config: Hashable, dtype: torch.dtype, cells: Cells
+) -> int | None:
     with suppress(*WRONG), torch.device("meta"):
         # the config gives the plain network, also of packed and streamed ones
-        plain = type(network)(network.config).to(_dtype(network)).eval()
-        return step_bytes(plain, cells)
+        return step_bytes(kind(config).to(dtype).eval(), cells)
     return None
 
 
@@ -191,35 +200,46 @@ def _way(model: Model, cells: Cells, n: int, name: str, act: str) -> tuple[Way, 
     autoencoder, streamer = model.autoencoder, streamer_of(model.autoencoder)
     own = "whole" if name == "auto" else name
     small = n <= 1 or own == "exact" or n * math.prod(cells) <= SMALL // 4
-    plain = None if streamer is None and small else _plain(autoencoder)
-    if plain is None:
+    needs = None if streamer is None and small else _image_bytes(autoencoder, cells, own, act)
+    if needs is None:
         return Way(own, 1 if own == "exact" else max(n, 1)), 0
-    needs = _image_bytes(plain, cells, own, act)
     room = _piece(model.device) if streamer is None else _room(streamer)
     if name == "auto" and streamer is not None and needs > room:
-        by_rows = _image_bytes(plain, cells, "exact", act)
-        own, needs = ("exact", by_rows) if by_rows < needs else (own, needs)
+        by_rows = _image_bytes(autoencoder, cells, "exact", act)
+        if by_rows is not None and by_rows < needs:
+            own, needs = "exact", by_rows
     return Way(own, 1 if own == "exact" else _even(max(n, 1), room // max(needs, 1))), needs
 
 
-def _plain(autoencoder: Autoencoder) -> SequentialAutoencoder | None:
-    """The autoencoder on the meta device; None for one that its config does not give."""
+def _image_bytes(autoencoder: Autoencoder, cells: Cells, way: str, act: str) -> int | None:
+    """Bytes that one image takes on a way; None for autoencoders that cannot be counted."""
     if not isinstance(autoencoder, SequentialAutoencoder):
         return None
+    dtype = _dtype(autoencoder)
+    return _count_image(type(autoencoder), autoencoder.config, dtype, cells, way, act)
+
+
+@lru_cache(maxsize=64)
+def _count_image(
+    kind: type[SequentialAutoencoder],
+    config: Hashable,
+    dtype: torch.dtype,
+    cells: Cells,
+    way: str,
+    act: str,
+) -> int | None:
+    plain = None
     with suppress(*WRONG), torch.device("meta"):
-        return type(autoencoder)(autoencoder.config).to(_dtype(autoencoder)).eval()
-    return None
-
-
-def _image_bytes(autoencoder: SequentialAutoencoder, cells: Cells, way: str, act: str) -> int:
-    """Bytes that one image takes on a way."""
+        plain = kind(config).to(dtype).eval()
+    if plain is None:  # the config does not give it
+        return None
     if way == "exact":
         strips = strip_decode_bytes if act == "decode" else strip_encode_bytes
-        return strips(autoencoder, cells)
+        return strips(plain, cells)
     tile = min(cells[0], TILE), min(cells[1], TILE)
     count = decode_bytes if act == "decode" else encode_bytes
-    pixels = 4 * autoencoder.channels * math.prod(cells) * autoencoder.space.factor**2
-    return count(autoencoder, cells if way == "whole" else tile) + 2 * pixels
+    pixels = 4 * plain.channels * math.prod(cells) * plain.space.factor**2
+    return count(plain, cells if way == "whole" else tile) + 2 * pixels
 
 
 # ---- memory --------------------------------------------------------------------------------------
