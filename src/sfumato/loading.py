@@ -1,6 +1,5 @@
 """Loading of models: bundled names, folders in diffusers' layout, single files, hub ids."""
 
-import logging
 import tempfile
 from dataclasses import replace
 from importlib import resources
@@ -152,14 +151,10 @@ def outline(
         sampler=sampler,
         outline=True,
     )
-    logger = logging.getLogger("sfumato")
-    silent, logger.disabled = logger.disabled, True  # `load` says the same again
     try:
         return open_model(source, options)
     except NotMapped:
         return None
-    finally:
-        logger.disabled = silent
 
 
 def open_model(source: str | Path, options: LoadOptions) -> LatentDiffusion:

@@ -308,6 +308,32 @@ def test_from_a_png_with_odd_parameters_is_explained(
     assert word in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("older", [True, False])
+def test_from_an_older_png_says_what_draws_another_image(
+    stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str], older: bool
+) -> None:
+    seed = 5 * 2**32 + 7
+    assert run("generate", "a BREAK b", "--n", "1", "--seed", str(seed), "--out", "a.png") == 0
+    parameters = read_parameters("a.png")
+    if older:
+        del parameters["packed"]
+    write_png("a.png", Image.new("L", (2, 2)), parameters)
+    capsys.readouterr()
+    again = ("generate", "--from", "a.png", "--overwrite")
+    assert run(*again, "--prompt-weights", "lerp") == 0
+    lines = capsys.readouterr().err.splitlines()
+    words = [
+        f"--seed {seed} draws another image now, --seed 7 the one",
+        "BREAK, a word of its prompt",
+    ]
+    assert len(lines) == 2 * older
+    assert all(word in line for word, line in zip(words, lines, strict=False))
+    # neither BREAK nor the seed of the file is used
+    assert run(*again, "--prompt-weights", "none", "--seed", "7") == 0
+    assert run(*again, "another prompt", "--prompt-weights", "lerp", "--seed", "7") == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_from_reads_the_parameters_of_older_pngs(stub: dict[str, StubModel]) -> None:
     """Literal parameters as they were written before a field was renamed."""
     old = {

@@ -18,7 +18,7 @@ from helpers.images import pixels
 from sfumato.cli import main
 from sfumato.cli._output import target, write_image
 from sfumato.errors import UserError
-from sfumato.images import read_parameters
+from sfumato.images import read_parameters, write_png
 
 RUN = ("--steps", "1")
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -219,3 +219,22 @@ def test_reports_and_models_of_earlier_runs_are_left(
     assert main(["tune-timesteps", str(tiny), "--out", "other"]) == 2
     assert "--out other exists and is left as it is" in capsys.readouterr().err
     assert Path("other/model_index.json").read_text() == "{}"
+
+
+def test_a_write_where_a_file_has_the_name_of_the_folder_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[Path] = []
+
+    def write(path: Path, *rest: Any, **options: Any) -> Path:
+        tried.append(path)
+        assert len(tried) < 5
+        return write_png(path, *rest, **options)
+
+    Path("folder").write_bytes(b"")
+    monkeypatch.setattr("sfumato.images.write_png", write)
+    for overwrite in (False, True):
+        tried.clear()
+        with pytest.raises(FileExistsError):
+            write_image(Path("folder/a.png"), Image.new("L", (2, 2)), {}, overwrite)
+        assert tried == [Path("folder/a.png")]

@@ -4,8 +4,10 @@ Flags for the way in which a model's files are read, which messages name as reme
 """
 
 import json
+import logging
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,16 @@ from helpers.pipelines import tiny_pipeline
 from helpers.processes import run_python
 from sfumato.cli import main
 from sfumato.cli._names import SPACINGS, guidance_names
+from sfumato.cli._run import check_prompts
+from sfumato.cli.generate import Generate
 from sfumato.diffuse import timesteps
 from sfumato.errors import UserError
 from sfumato.io import safetensors
 from sfumato.loading import outline
 from sfumato.predict.conditioners.clip_text import ClipText
+from sfumato.predict.conditioners.unconditional import Unconditional
+from sfumato.sampling import Request
+from sfumato.tasks.refine import handover
 
 FREE = [
     ("generate", "--sampler", "bogus"),
@@ -153,6 +160,50 @@ def test_an_outline_reads_no_weight(
     assert (plan.to_json(), plan.timesteps) == (expected.to_json(), expected.timesteps)
     with pytest.raises(pytest.fail.Exception):
         sfumato.load(models[kind])
+
+
+def test_prompts_are_checked_by_the_rule_of_the_request(models: dict[str, Path]) -> None:
+    model = outline(models["SD 1"])
+    assert model is not None
+    with pytest.raises(UserError, match="from:to:when"):
+        check_prompts(model, Request("[cat:dog:0.5]"))
+    check_prompts(model, Request("[cat:dog:0.5]", prompt_weights="none"))
+
+
+def test_a_refiner_gets_the_rule_of_brackets_that_it_can_read(models: dict[str, Path]) -> None:
+    model = outline(models["SD 1"])
+    assert model is not None
+    plan = model.plan(Request(steps=4, guidance=1))
+    request = plan.explicit_request()
+    assert request.prompt_weights == plan.prompt_weights == "lerp"
+    assert handover(model, model, request, at=0.5).last.prompt_weights == "lerp"
+    unconditional = replace(model, conditioner=Unconditional())
+    assert handover(model, unconditional, request, at=0.5).last.prompt_weights is None
+
+
+def test_the_early_check_logs_nothing(
+    models: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run opens the model and checks the request again, and logs then."""
+    logger = logging.getLogger("sfumato.sampling.plan")
+    Generate(model=str(models["own"])).check_early(lambda model: logger.warning("twice"))
+    assert not caplog.records
+    logger.warning("once")
+    assert [record.message for record in caplog.records] == ["once"]
+
+
+def test_names_of_the_models_own_number_of_images_are_checked_early(
+    models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("boots-1.png").write_bytes(b"older")
+    monkeypatch.setattr("sfumato.loading.load", lambda *a, **k: pytest.fail("the model is opened"))
+    words = ["generate", "bag", "--no-grid", "--out", "boots", "--model", str(models["own"])]
+    assert main(words) == 2
+    assert "boots-1.png exists and is left as it is" in capsys.readouterr().err
 
 
 def test_models_whose_weights_are_computed_have_no_outline(models: dict[str, Path]) -> None:

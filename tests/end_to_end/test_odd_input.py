@@ -17,13 +17,15 @@ import sfumato
 from helpers.errors import assert_one_sentence
 from helpers.models import tiny_model
 from helpers.pipelines import tiny_pipeline
-from helpers.processes import environment
+from helpers.processes import environment, run_python
 from sfumato.checkpoints.formats.folder import WEIGHTS
 from sfumato.cli import main
 from sfumato.cli._options import parse
 from sfumato.cli.edit import Edit
 from sfumato.cli.generate import Generate
+from sfumato.cli.info import Info
 from sfumato.cli.train import train
+from sfumato.cli.tune_timesteps import TuneTimesteps
 from sfumato.errors import NumericalError, UserError, system_error
 from sfumato.io.atomic import read_json
 from sfumato.io.paths import expand_user
@@ -129,6 +131,23 @@ def test_a_dash_that_cannot_be_understood_says_how_to_write_it(
     with pytest.raises(UserError) as caught:
         parse(Generate, words, "generate")
     assert_one_sentence(caught.value, message)
+
+
+@pytest.mark.parametrize(("kind", "command"), [(Info, "info"), (TuneTimesteps, "tune-timesteps")])
+def test_a_dash_of_a_command_without_a_prompt(kind: type, command: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(kind, ["-blurry"], command)
+    assert_one_sentence(caught.value, f"`sfumato {command} --help` lists the flags")
+    assert "prompt" not in str(caught.value)
+
+
+def test_help_in_place_of_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is the parser's, as --help and other flags are."""
+    for flag in ("-h", "--help"):
+        with pytest.raises(SystemExit):
+            parse(Generate, ["--negative-prompt", flag], "generate")
+        out, err = capsys.readouterr()
+        assert "--negative-prompt" in out + err
 
 
 def test_a_flag_without_its_value_is_the_parsers_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -363,3 +382,18 @@ def test_a_pipeline_of_the_community(models: dict[str, Path], tmp_path: Path) ->
         model = sfumato.load(folder)
         assert (model.hash, model.defaults) == (expected.hash, expected.defaults)
         assert main(["info", str(folder)]) == 0
+
+
+def test_output_before_an_error_of_the_system_is_kept() -> None:
+    program = """
+import sys
+from sfumato import cli
+def fail(words):
+    print("before")
+    raise PermissionError(13, "Permission denied", "/a")
+cli._dispatch = fail
+sys.exit(cli.main([]))
+"""
+    done = run_python("-c", program, check=False)
+    assert (done.returncode, done.stdout) == (2, "before\n")
+    assert "/a cannot be read or written" in done.stderr

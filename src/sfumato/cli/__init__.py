@@ -6,8 +6,8 @@ Heavy libraries are imported after the arguments are checked, so that `--help` a
 
 Exit codes: 0 done; 1 unforeseen error; 2 wrong input (`UserError`, arguments that do not parse, or
 files and memory that the system refuses); 3 a value that is not finite (`NumericalError`); 130
-stopped with Ctrl-C, 143 by SIGTERM. Errors are one sentence on stderr; `SFUMATO_DEBUG=1` adds the
-traceback.
+stopped with Ctrl-C, 129 by SIGHUP, 143 by SIGTERM. Errors are one sentence on stderr;
+`SFUMATO_DEBUG=1` adds the traceback.
 """
 
 import codecs
@@ -52,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reported = system_error(error) or error
         with suppress(OSError):  # stderr may be closed, or on a full disk
             print(f"sfumato: {_sentence(reported)}", file=sys.stderr, flush=True)
-        if isinstance(error, OSError):
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError):  # the error may be that of stdout
             _discard_output()
         if isinstance(error, Stopped):
             return 128 + error.signal

@@ -19,6 +19,7 @@ from typing import (
 
 import tyro
 
+from sfumato.cli._output import without_logs
 from sfumato.errors import UserError, quoted, unknown
 from sfumato.io.paths import expand_user
 
@@ -119,6 +120,7 @@ def _join_dashes(kind: type, arguments: Sequence[str], command: str) -> list[str
     hints = get_type_hints(kind, include_extras=True)
     hints = {_custom_name(hint) or name: hint for name, hint in hints.items()}
     texts = {_flag(name) for name, hint in hints.items() if _is_text(hint)}
+    prompted = "prompt" in hints
     nested = any(is_dataclass(hint) for hint in map(_bare, hints.values()))  # more flags than these
     words, waiting = list[str](), iter(arguments)
     for word in waiting:
@@ -127,10 +129,14 @@ def _join_dashes(kind: type, arguments: Sequence[str], command: str) -> list[str
             break
         if word.replace("_", "-") not in texts:
             if word.startswith("-") and not (_FLAG.fullmatch(word) or _NO_FLAG.fullmatch(word)):
-                raise UserError(
-                    f"{quoted(word)} begins with a dash, as flags do: a prompt of this kind comes "
-                    f"last, after --, as in: sfumato {command} ... -- {quoted(word)}"
+                remedy = (
+                    "a prompt of this kind comes last, after --, as in: "
+                    f"sfumato {command} ... -- {quoted(word)}"
+                    if prompted
+                    else "put ./ before the name of a file; "
+                    f"`sfumato {command} --help` lists the flags"
                 )
+                raise UserError(f"{quoted(word)} begins with a dash, as flags do: {remedy}")
             continue
         value = next(waiting, None)
         if value is None:
@@ -138,7 +144,9 @@ def _join_dashes(kind: type, arguments: Sequence[str], command: str) -> list[str
         name = value.partition("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_")
         if value.startswith("-") and value != "--" and not _FLAG.fullmatch(value):
             words[-1] = f"{word}={value}"
-        elif _FLAG.fullmatch(value) and not nested and name not in (*hints, "-h", "help"):
+        elif (
+            _FLAG.fullmatch(value) and not nested and value != "-h" and name not in (*hints, "help")
+        ):
             raise UserError(
                 f"{word} is followed by {quoted(value)}, which is no flag of sfumato {command}: "
                 f"write {word}={value} if it is the text"
@@ -299,8 +307,9 @@ class ModelOptions:
         """
         from sfumato.loading import outline
 
-        if (model := outline(self.model, **self.reading(sampler))) is not None:
-            check(model)
+        with without_logs():  # the model is opened and checked again for the run
+            if (model := outline(self.model, **self.reading(sampler))) is not None:
+                check(model)
 
 
 READING: tuple[str, ...] = tuple(f.name for f in fields(ModelOptions) if f.name != "model")

@@ -4,10 +4,11 @@ import itertools
 import logging
 import os
 import sys
+import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,11 +39,11 @@ class Target:
     overwrite: bool
     seed: int | None = None
 
-    def files(self, count: int | None, several: bool) -> list[Path]:
+    def files(self, count: int, several: bool) -> list[Path]:
         """The files of a run.
 
         Args:
-            count: Number of images; None: not known yet, the first one's file.
+            count: Number of images.
             several: A file an image, instead of one for all.
 
         Raises:
@@ -51,7 +52,7 @@ class Target:
         if self.named:
             files = [self.path]
             if several:
-                files = [_suffixed(self.path, str(k)) for k in range(count or 1)]
+                files = [_suffixed(self.path, str(k)) for k in range(count)]
             taken = next((file for file in files if os.path.lexists(file)), None)
             if taken is not None and not self.overwrite:
                 raise UserError(
@@ -60,7 +61,7 @@ class Target:
                 )
             return files
         for number in itertools.count(1):
-            files = self._default_files(count or 1, several, number)
+            files = self._default_files(count, several, number)
             if self.overwrite or not any(map(os.path.lexists, files)):
                 return files
         raise AssertionError
@@ -221,8 +222,11 @@ def write_image(path: Path, image: "Image", parameters: Mapping[str, Any], overw
     for number in itertools.count(1):
         file = path if number == 1 else _suffixed(path, str(number))
         if overwrite or not os.path.lexists(file):
-            with suppress(FileExistsError):
+            try:
                 return write_png(file, image, parameters, replace=overwrite)
+            except FileExistsError:
+                if overwrite or not file.parent.is_dir():  # no other name is free either
+                    raise
     raise AssertionError
 
 
@@ -281,6 +285,26 @@ def log_to_stderr() -> None:
     if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
         logger.addHandler(_StderrHandler())
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+
+
+@contextmanager
+def without_logs() -> Iterator[None]:
+    """Drop the library's log records of this Python thread until the end of the `with` block."""
+    thread = threading.get_ident()
+
+    def passes(record: logging.LogRecord) -> bool:
+        return record.thread != thread or record.name.partition(".")[0] != "sfumato"
+
+    # filters of loggers do not see the records of their children, those of handlers do
+    handlers = [*logging.root.handlers, *logging.getLogger("sfumato").handlers]
+    handlers += [] if logging.lastResort is None else [logging.lastResort]
+    for handler in handlers:
+        handler.addFilter(passes)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(passes)
 
 
 class Clock:

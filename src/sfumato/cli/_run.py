@@ -101,20 +101,19 @@ def check_options(
 
 def check_prompts(model: "LatentDiffusion", request: "Request") -> None:
     """Raise `UserError` for a prompt that the model's conditioner cannot read."""
+    from sfumato.sampling.plan import check_second_encoder
     from sfumato.types import ImageSpec
 
     size = ImageSpec(model.sample_size, model.sample_size)
+    conditioner = model.conditioner.with_prompt_weights(request.prompt_weights)
     for name, text, second in (
         ("prompt", request.prompt, request.prompt_2),
         ("negative_prompt", request.negative_prompt, request.negative_prompt_2),
     ):
-        if second is not None and len(model.conditioner.encoders) < 2:
-            raise UserError(
-                f"{name}_2 {second!r}: this model has no second text encoder, "
-                f"put everything into {name}"
-            )
+        if second is not None:
+            check_second_encoder(model, name, second)
         if isinstance(text, str):
-            model.conditioner.check([text], size, [second] if isinstance(second, str) else None)
+            conditioner.check([text], size, [second] if isinstance(second, str) else None)
 
 
 def source_parameters(image: Path) -> dict[str, Any]:

@@ -6,6 +6,8 @@ so one image of several is drawn again with its whole request, and taken out of 
 """
 
 import json
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from sfumato.cli._options import (
 )
 from sfumato.cli._output import (
     Clock,
+    Target,
     free_files,
     provenance,
     readable_size,
@@ -90,6 +93,11 @@ class Generate(RunOptions):
 HANDOVER = 0.8
 """Share of the process that the first model runs, as SDXL's authors advise."""
 
+_WORD = 2**32
+"""Seeds from here on lost their high bits, before PNG files recorded `packed`."""
+_BREAK = re.compile(r"\bBREAK\b")
+"""A word of prompts that was text in those files."""
+
 Kind = type | tuple[type, ...]
 _NUMBER = (int, float)
 REQUIRED: dict[str, Kind] = {
@@ -146,18 +154,19 @@ def generate(arguments: Sequence[str]) -> None:
     check_words(options, options.timesteps)
     set_threads(options.threads, previous.get("threads"))
     clock.lap("import")
-    options.check_early(lambda model: _check_plan(model, options), options.sampler)
+    options.check_early(lambda model: _check_plan(model, options, base), options.sampler)
     steps = max(len(options.timesteps) - 1, 1) if options.timesteps else options.steps
     pack = previous.get("packed")
     model, packed = options.load_for_sampling(steps, pack=pack if isinstance(pack, bool) else None)
     if options.n is None:
-        options = replace(options, n=_count(model, options))
-        base.files(options.n, several=not options.grid)
+        options = replace(options, n=(n := _count(model, options)))
+        base.files(n, several=not options.grid)
     if previous and same:
         _check_same_model(model, "model", options, previous)
     if previous and model.conditioner.prompt_weights == "lerp" and options.prompt_weights is None:
         # Older PNG files record no rule: it was this one.
         options = replace(options, prompt_weights="a1111")
+    _note_changes(model, options, previous)
     refiner = None
     if options.refiner is not None:
         refiner, _ = options.load_for_sampling(steps, options.refiner, packed)
@@ -214,10 +223,11 @@ def _count(model: "LatentDiffusion", options: Generate) -> int:
     return 1 if model.conditioner.encoders or max(sides) > SMALL else MANY
 
 
-def _check_plan(model: "LatentDiffusion", options: Generate) -> None:
+def _check_plan(model: "LatentDiffusion", options: Generate, base: Target) -> None:
     """Plan the run of a model's outline: raises every `UserError` of the request."""
     if options.n is None:
-        options = replace(options, n=_count(model, options))
+        options = replace(options, n=(n := _count(model, options)))
+        base.files(n, several=not options.grid)
     plan = model.plan(_request(model, options, early=True))
     if options.refiner is not None:
         from sfumato.loading import outline
@@ -241,6 +251,32 @@ def _check_same_model(
             f"but {getattr(options, role)!r} has hash {model.hash[:12]}: the image would differ; "
             f"name the right model with --{role}, or add --allow-other-model"
         )
+
+
+def _note_changes(model: "LatentDiffusion", options: Generate, previous: dict[str, Any]) -> None:
+    """Print on stderr the settings of an older PNG that draw another image today."""
+    if not previous or "packed" in previous:
+        return
+    for name in ("seed", "variation_seed"):
+        seed = getattr(options, name)
+        if seed is not None and seed == previous.get(name) and seed >= _WORD:
+            flag = f"--{name.replace('_', '-')}"
+            print(
+                f"sfumato: {options.source} is older than seeds of 64 bits: {flag} {seed} draws "
+                f"another image now, {flag} {seed % _WORD} the one in the file",
+                file=sys.stderr,
+            )
+    weights = options.prompt_weights or model.conditioner.prompt_weights
+    for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2"):
+        text = getattr(options, name)
+        read = text is not None and text == previous.get(name) and _BREAK.search(text)
+        if read and weights not in (None, "none", "comfyui"):
+            print(
+                f"sfumato: {options.source} is older than BREAK, a word of its {name} that begins "
+                "a chunk and another image now: --prompt-weights none reads it, and brackets, "
+                "as text",
+                file=sys.stderr,
+            )
 
 
 def _sample(

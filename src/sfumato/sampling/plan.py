@@ -113,7 +113,7 @@ class Plan(Settings):
 
     def explicit_request(self) -> Request:
         """The request with its settings filled in: another model runs it with the same ones."""
-        names = ("steps", "sampler", "spacing", "guidance", "distilled_guidance", "height", "width")
+        names = [f.name for f in fields(Settings) if f.name != "n"]
         times = list(self.timesteps) if self.spacing in ("given", "tuned") else None
         return replace(
             self.request, timesteps=times, **{name: getattr(self, name) for name in names}
@@ -333,6 +333,15 @@ def _prompt_weights(model: Model, request: Request) -> str | None:
     return conditioner.prompt_weights if rule is None else rule
 
 
+def check_second_encoder(model: Model, name: str, second: Prompt) -> None:
+    """Raise `UserError` for a model without a second text encoder, which would read `second`."""
+    if len(model.conditioner.encoders) < 2:
+        raise UserError(
+            f"{name}_2 {second!r}: this model has no second text encoder, "
+            f"put everything into {name}"
+        )
+
+
 def prompt_list(prompt: Prompt, n: int) -> list[str | None]:
     """One prompt an image.
 
@@ -359,11 +368,7 @@ def _read_prompts(
         name: str, prompt: Prompt, second: Prompt, image_spec: ImageSpec
     ) -> tuple[Prompts, Prompts | None]:
         if second is not None:
-            if len(model.conditioner.encoders) < 2:
-                raise UserError(
-                    f"{name}_2 {second!r}: this model has no second text encoder, "
-                    f"put everything into {name}"
-                )
+            check_second_encoder(model, name, second)
             if prompt is None:
                 raise UserError(
                     f"{name}_2 {second!r} without {name}: "

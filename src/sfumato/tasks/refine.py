@@ -85,6 +85,8 @@ def handover(
         scale = math.hypot(*own.point(time)) / math.hypot(*before)
     if len(refiner.conditioner.encoders) < 2:
         request = replace(request, prompt_2=None, negative_prompt_2=None)
+    if refiner.conditioner.prompt_weights is None:  # it cannot weigh words
+        request = replace(request, prompt_weights=None)
     last = refiner.plan(replace(request, init_latent=None, noise=None))
     times = [time, *(t for t in last.timesteps if t < time)]
     if len(times) < 2:
