@@ -309,7 +309,7 @@ def test_from_a_png_with_odd_parameters_is_explained(
 
 
 @pytest.mark.parametrize("older", [True, False])
-def test_from_an_older_png_says_what_draws_another_image(
+def test_from_an_older_png_warns_of_settings_read_otherwise(
     stub: dict[str, StubModel], capsys: pytest.CaptureFixture[str], older: bool
 ) -> None:
     seed = 5 * 2**32 + 7
