@@ -50,6 +50,7 @@ from sfumato.train.objective import Draw, Objective
 from sfumato.train.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective
 from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective
 from sfumato.train.perceptual import feature_maps, perceptual_distance
+from sfumato.train.precision import choose_precision
 from sfumato.types import Conditioning, LatentSpace
 
 KL = KLConfig(in_channels=1, out_channels=1, latent_channels=2, **SMALL_BLOCKS)
@@ -722,6 +723,45 @@ def test_resumed_run_keeps_its_precision(tmp_path: Path, monkeypatch: pytest.Mon
     assert all(
         torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True)
     )
+
+
+def test_a_damaged_checkpoint_does_not_stop_the_choice_of_precision(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is passed over, as in loading, for the one before."""
+    whole = trained(tmp_path, "bf16")
+    (tmp_path / "checkpoints" / "step-00000004" / "state.json").write_text("{")
+    resumed = trained(tmp_path, "auto")
+    assert "step-00000004 is passed over" in caplog.text
+    assert json.loads((tmp_path / "run.json").read_text())["loop"]["precision"] == "bf16"
+    assert all(
+        torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True)
+    )
+
+
+def test_a_batch_that_does_not_fit_is_refused_where_the_precision_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(kind: str, kernels: Mapping[str, Any]) -> str:
+        raise MemoryError
+
+    monkeypatch.setattr("sfumato.train.precision.fastest", full)
+    monkeypatch.setattr("sfumato.train.precision.onednn", lambda: Supported)
+    with pytest.raises(UserError, match=rf"batch_size={LOOP.batch_size} does not fit .* at step 1"):
+        trained(tmp_path, "auto")
+
+
+@pytest.mark.parametrize(("native", "chosen"), [(True, "bf16"), (False, "fp32")])
+def test_a_gpu_that_emulates_bfloat16_trains_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool, chosen: str
+) -> None:
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation or native,
+    )
+    gpu = types.SimpleNamespace(is_main_process=True, num_processes=1, device=torch.device("cuda"))
+    assert choose_precision(Line(), 4, 0, gpu, tmp_path) == chosen
 
 
 def test_fp16_on_a_cpu_is_refused(tmp_path: Path) -> None:

@@ -177,13 +177,22 @@ def load(
 
 
 def saved_precision(folder: Path) -> str | None:
-    """The precision of the run whose newest checkpoint is in a folder; None: there is none."""
-    if not (saved := steps(folder)):
-        return None
-    run = _read_state(folder, saved[-1]).get("run")
-    loop = run.get("loop") if isinstance(run, dict) else None
-    value = loop.get("precision") if isinstance(loop, dict) else None
-    return value if value in ("fp32", "bf16", "fp16") else None
+    """The precision of the newest readable checkpoint in a folder; None: there is none."""
+    for step in reversed(steps(folder)):
+        try:
+            run = _read_state(folder, step).get("run")
+        except UserError:  # `load` passes it over, with a warning
+            continue
+        loop = run.get("loop") if isinstance(run, dict) else None
+        value = loop.get("precision") if isinstance(loop, dict) else None
+        return value if value in ("fp32", "bf16", "fp16") else None
+    return None
+
+
+def preview_written(folder: Path, step: int) -> None:
+    """Record that the preview that a checkpoint had postponed is written."""
+    state = _read_state(folder, step)
+    write_json(folder / f"step-{step:08d}" / "state.json", {**state, "preview": False})
 
 
 def load_average(folder: Path, network: nn.Module) -> int:

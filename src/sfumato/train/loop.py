@@ -59,7 +59,7 @@ class LoopSettings:
     """Largest norm of the gradient; inf is no clipping."""
     ema: float = 0.999
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    """auto: bf16 where a step is faster in it on this machine, else fp32."""
+    """auto: bf16 where the GPU computes in it, or a timed step is faster (CPU); else fp32."""
     seed: int = 0
     save_every: int = 1000
     """A checkpoint is written every so many steps, at the end and at Ctrl-C."""
@@ -206,13 +206,16 @@ def train(
     """
     accelerator = start(settings)
     plain, checkpoints = objective.networks, out / "checkpoints"
-    if accelerator.is_main_process and not resume:
-        set_aside(out)
+    if accelerator.is_main_process:
+        if not resume:
+            set_aside(out)
+        checkpoint.clean(checkpoints)
     accelerator.wait_for_everyone()
     if settings.precision == "auto":
-        chosen = choose_precision(
-            objective, settings.batch_size, settings.seed, accelerator, checkpoints
-        )
+        with _enough_memory(settings, 0):
+            chosen = choose_precision(
+                objective, settings.batch_size, settings.seed, accelerator, checkpoints
+            )
         settings = replace(settings, precision=chosen)  # pyright: ignore[reportArgumentType]
         accelerator = start(settings)
     main, rank = accelerator.is_main_process, accelerator.process_index
@@ -228,9 +231,6 @@ def train(
     run = {"loop": settings.identity, "objective": objective.identity}
     if record is not None and "init" in record:  # whose weights it began with
         run["init"] = record["init"]
-    if main:
-        checkpoint.clean(checkpoints)
-    accelerator.wait_for_everyone()
     state = checkpoint.load(checkpoints, plain, average.network, optimizers, run, change) or {}
     history = History.of(state, accelerator)
     first, origin = history.step, history.origin
