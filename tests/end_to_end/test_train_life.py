@@ -427,6 +427,10 @@ def test_a_model_is_made_of_an_unfinished_run(
     average = read_tensors(tmp_path / "run/denoiser/checkpoints/step-00000001/average.safetensors")
     assert main(["train", "export", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'run' / 'model-2'}\n"
+    assert main(["train", "export", str(tmp_path / "run")]) == 2
+    assert "model-2 is a model already" in capsys.readouterr().err
+    assert main(["train", "export", str(tmp_path / "run"), "--overwrite"]) == 0
+    capsys.readouterr()
     exported = sfumato.load(tmp_path / "run" / "model-2")
     assert exported.hash == finished.hash and exported.defaults == finished.defaults
     (tmp_path / "run/denoiser/checkpoints/step-00000002/state.json").unlink()

@@ -118,12 +118,8 @@ def _export(arguments: Sequence[str]) -> None:
     from sfumato.train import export_model
 
     if options.out is not None:
-        target = check_target(options.out)
-        if target.is_dir() and any(target.iterdir()) and not options.overwrite:
-            raise UserError(
-                f"--out {options.out} is a model already: choose another name, or add --overwrite"
-            )
-    print(export_model(options.run, options.out))
+        check_target(options.out)
+    print(export_model(options.run, options.out, options.overwrite))
 
 
 def _copy(arguments: Sequence[str]) -> None:

@@ -85,19 +85,22 @@ def open_autoencoder(folder: Path) -> Autoencoder:
     return autoencoder
 
 
-def export_model(run: str | Path, out: str | Path | None = None) -> Path:
+def export_model(run: str | Path, out: str | Path | None = None, overwrite: bool = False) -> Path:
     """Make a model of an unfinished run: the averaged weights of its newest checkpoint.
 
     Args:
         run: Folder of the run (with denoiser/ in it), or of its denoiser.
         out: Folder of the model; None: model-STEP in the run's folder.
+        overwrite: Replace a model that is there.
 
     Returns:
         The model's folder.
 
     Raises:
-        UserError: For a folder without a denoiser's run, and one without a checkpoint.
+        UserError: For a folder without a denoiser's run, one without a checkpoint, and a model in
+            the place unless `overwrite`.
     """
+    place = None if out is None else _free(Path(out).expanduser(), overwrite)
     folder = Path(run).expanduser()
     stage = folder if (folder / "run.json").exists() else folder / "denoiser"
     if not (stage / "run.json").exists():
@@ -121,8 +124,17 @@ def export_model(run: str | Path, out: str | Path | None = None) -> Path:
     config = dict(source["network"])
     network = build(registered()[config["_class_name"]][1].from_dict(config))
     step = checkpoint.load_average(stage / "checkpoints", network)
-    place = stage.parent / f"model-{step}" if out is None else Path(out).expanduser()
+    place = place or _free(stage.parent / f"model-{step}", overwrite)
     parts.model(network.eval()).save(place)
+    return place
+
+
+def _free(place: Path, overwrite: bool) -> Path:
+    """Return the folder of a model that is to be written, if that replaces none."""
+    if (place / "model_index.json").exists() and not overwrite:
+        raise UserError(
+            f"{place} is a model already: choose another name with --out, or add --overwrite"
+        )
     return place
 
 
