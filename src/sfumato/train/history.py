@@ -46,9 +46,7 @@ class History:
             date = time.strftime("%Y-%m-%d %H:%M:%S")
             pairs = {name: list(pair) for name, pair in changed.items()}
             changes.append({"step": step, "date": date, "changed": pairs})
-        if any(
-            f"loop.{name}" in changed for name in ("steps", "lr", "warmup", "decay", "final_lr")
-        ):
+        if _CLOCK & changed.keys():
             origin = step
         machine = {
             "torch": str(torch.__version__),
@@ -104,8 +102,15 @@ def set_aside(out: Path) -> None:
     logger.info("the earlier run is kept in %s", free)
 
 
-def stopped_sentence(checkpoints: Path, done: int | None, steps: int) -> str:
-    """The last words of a run that a signal ended; done: None where it ended at once."""
+def stopped_sentence(checkpoints: Path, done: int | None, steps: int, resume: bool) -> str:
+    """The last words of a run that a signal ended.
+
+    Args:
+        checkpoints: Folder of the run's checkpoints.
+        done: Number of finished steps; None where the run ended at once.
+        steps: Of the whole run.
+        resume: False for a run that was told to start anew: its command would do so again.
+    """
     saved = checkpoint.steps(checkpoints)
     if done is None and not saved:
         return "stopped at once, before the first checkpoint: the same command starts again"
@@ -113,7 +118,7 @@ def stopped_sentence(checkpoints: Path, done: int | None, steps: int) -> str:
     at_once = " at once" if done is None else ""
     return (
         f"stopped{at_once}; the checkpoint of step {step} of {steps} is in {checkpoints}: "
-        "the same command goes on from there"
+        f"{'' if resume else 'without --no-resume '}the same command goes on from there"
     )
 
 

@@ -95,7 +95,7 @@ class RunLog:
     """The log of a run, written as it goes on.
 
     Lines after `first` (of a run that was killed after its last checkpoint) are removed at the
-    start.
+    start, and the line of a preview that is made again.
 
     Args:
         out: Folder of the run.
@@ -103,6 +103,7 @@ class RunLog:
         total: Number of all steps.
         stage: Title of the progress bar.
         changes: Changes of settings, each with its "step": lines of their own.
+        postponed: The preview of `first` is still to be made.
     """
 
     def __init__(
@@ -112,9 +113,10 @@ class RunLog:
         total: int,
         stage: str,
         changes: Sequence[Mapping[str, Any]] = (),
+        postponed: bool = False,
     ):
         self.out, self.first, self.total, self.stage = out, first, total, stage
-        self.path, self.changes = out / "log.jsonl", changes
+        self.path, self.changes, self.postponed = out / "log.jsonl", changes, postponed
         self.shown = -math.inf  # time of the losses in the bar
         self.bars = Bars()
 
@@ -128,7 +130,10 @@ class RunLog:
             kept = [
                 line
                 for line in self.lines()
-                if line["step"] <= self.first and "changed" not in line
+                if line["step"] <= self.first
+                and "changed" not in line
+                # a line of training has the learning rate, that of a preview has not
+                and not (self.postponed and line["step"] == self.first and "lr" not in line)
             ]
             self.before = max((line["seconds"] for line in kept), default=0.0)
             kept = sorted([*kept, *self.changes], key=lambda line: line["step"])

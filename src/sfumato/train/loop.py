@@ -248,12 +248,17 @@ def train(
     if main:
         entries = {"loop": to_json(asdict(settings)), **(record or {}), **history.entries}
         write_json(out / "run.json", entries)
+    postponed = bool(state.get("preview")) and settings.previews != 0
     main_log = (
-        RunLog(out, first, settings.steps, objective.stage, history.changes)
+        RunLog(out, first, settings.steps, objective.stage, history.changes, postponed)
         if main
         else nullcontext()
     )
-    signals = Signals(lambda: stopped_sentence(checkpoints, None, settings.steps))
+
+    def stopped(done: int | None) -> str:
+        return stopped_sentence(checkpoints, done, settings.steps, resume)
+
+    signals = Signals(lambda: stopped(None))
     with signals, main_log as log:
 
         def show(step: int) -> bool:
@@ -265,11 +270,11 @@ def train(
             log.show(step, *preview[0])
             return False
 
-        waiting = bool(state.get("preview")) and settings.previews != 0 and show(first)
+        waiting = postponed and show(first)
+        if main and postponed and not waiting:
+            checkpoint.preview_written(checkpoints, first)
         if signals.agreed(accelerator):
-            raise Stopped(
-                signals.number, stopped_sentence(checkpoints, first or None, settings.steps)
-            )
+            raise Stopped(signals.number, stopped(first or None))
         for step in range(first, settings.steps):
             torch.manual_seed(derive_seed(settings.seed, "layers", step, rank))  # dropout
             generator = torch.Generator().manual_seed(derive_seed(settings.seed, "draws", step))
@@ -324,7 +329,7 @@ def train(
             if on_step is not None:
                 on_step(done)
             if stops:
-                raise Stopped(signals.number, stopped_sentence(checkpoints, done, settings.steps))
+                raise Stopped(signals.number, stopped(done))
     return average.network
 
 

@@ -2,8 +2,8 @@
 
 The first signal is a request that the loop reads between two steps. A second Ctrl-C raises
 `Stopped` at once, wherever the run is; files are written atomically, so that none is half written.
-Batch systems send SIGTERM, some of them several times: only Ctrl-C counts twice. SIGHUP stays
-ignored where it was (nohup).
+Batch systems send SIGTERM, some of them several times: only Ctrl-C counts twice. A signal stays
+ignored where it was: SIGHUP under nohup, SIGINT in the background job of a script.
 """
 
 import logging
@@ -34,7 +34,7 @@ class Signals:
         newest: Returns the sentence of a run that is stopped at once.
 
     Attributes:
-        received: The first signal; None before.
+        received: The first signal of this process; None before.
     """
 
     def __init__(self, newest: Callable[[], str]):
@@ -55,10 +55,9 @@ class Signals:
     @staticmethod
     def _numbers() -> list[int]:
         numbers: list[int] = [signal.SIGINT, signal.SIGTERM]
-        hang_up = getattr(signal, "SIGHUP", None)  # Windows has none
-        if hang_up is not None and signal.getsignal(hang_up) != signal.SIG_IGN:
+        if (hang_up := getattr(signal, "SIGHUP", None)) is not None:  # Windows has none
             numbers.append(hang_up)
-        return numbers
+        return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
@@ -92,16 +91,16 @@ class Signals:
             self._raises = False
 
     def agreed(self, accelerator: Any) -> bool:
-        """Return True where any process received a signal: all stop at one step."""
+        """Return True where any process received a signal: all stop at one step.
+
+        The others' signals are not this process's: its own first Ctrl-C stays the first.
+        """
         if accelerator.num_processes == 1:
             return self.received is not None
         request = torch.tensor(float(self.received or 0), device=accelerator.device)
-        total = float(accelerator.reduce(request, "sum"))
-        if total and self.received is None:
-            self.received = int(signal.SIGTERM)
-        return total > 0
+        return float(accelerator.reduce(request, "sum")) > 0
 
     @property
     def number(self) -> int:
-        """The signal for which the run stops."""
+        """The signal for which the run stops; SIGTERM where another process received one."""
         return self.received or int(signal.SIGTERM)
