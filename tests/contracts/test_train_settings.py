@@ -13,6 +13,7 @@ from helpers.models import CONVOLUTIONAL_UNET, SMALL_BLOCKS
 from sfumato.cli import main
 from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.errors import UserError
+from sfumato.io import host_memory
 from sfumato.predict import ModernDiTConfig
 from sfumato.predict.networks.base import build
 from sfumato.predict.networks.unet import UNetConfig
@@ -138,6 +139,22 @@ def test_a_network_and_a_batch_that_no_memory_holds_are_refused() -> None:
     assert "batch_size" in refusal(lambda: check_memory(loop, (3, 4096, 4096)))
 
 
+def test_the_control_group_limits_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container's memory is not the machine's."""
+    monkeypatch.setattr(host_memory, "CONTROL_GROUP", tmp_path)
+    physical, loop = host_memory.total_bytes(), LoopSettings(batch_size=64)
+    assert physical is not None and refusal(lambda: check_memory(loop, (3, 64, 64))) == ""
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_memory.total_bytes() == physical
+    (tmp_path / "memory.max").write_text("2000000\n")
+    assert host_memory.total_bytes() == 2_000_000
+    assert host_memory.available_bytes() == 1_999_000
+    assert "has 0.002 GB" in refusal(lambda: check_memory(loop, (3, 64, 64)))
+
+
 # ---- mistakes in the file ------------------------------------------------------------------------
 
 HEAD = "from sfumato.train import *\n"
@@ -259,6 +276,8 @@ def test_impossible_flags_exit_with_2(
     [
         ({"steps": 99, "log_every": 50}, "warmup=100 is not over"),
         ({"steps": 100, "warmup": 0, "ema": 0.9999}, "a larger loop.ema changes nothing"),
+        # the only update averages with a decay of 1 / 10
+        ({"steps": 1, "warmup": 0, "ema": 0.15}, "0.1 after 1 steps"),
         ({"decay": "constant", "final_lr": 0.1}, "final_lr=0.1"),
         ({"batch_size": 300}, "more than the 200 images"),
         ({"steps": 100, "log_every": 101}, "log_every=101"),

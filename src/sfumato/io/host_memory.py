@@ -21,6 +21,8 @@ from sfumato.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Folder of the control group's limits (cgroups(7))."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*")
@@ -95,16 +97,35 @@ def available_bytes() -> int | None:
         return None
     lines = meminfo.read_text().splitlines()
     limits = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    limits += [total - used for total, used in _group_bytes()]
+    return max(min(limits), 0) if limits else None
+
+
+def total_bytes() -> int | None:
+    """Return the bytes of this machine's memory; None where unavailable.
+
+    This is the physical memory, limited by the control group.
+    """
+    try:
+        physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows
+        return None
+    return min([physical, *(total for total, _ in _group_bytes())])
+
+
+def _group_bytes() -> list[tuple[int, int]]:
+    """The limit of the control group, version 2 or 1, and the bytes that it uses."""
+    groups = []
     for limit, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         try:
-            total, taken = (int(Path("/sys/fs/cgroup", f).read_text()) for f in (limit, used))
+            total, taken = (int((CONTROL_GROUP / file).read_text()) for file in (limit, used))
         except (OSError, ValueError):  # no such group, or "max"
             continue
-        limits.append(total - taken)
-    return max(min(limits), 0) if limits else None
+        groups.append((total, taken))
+    return groups
 
 
 # ---- pages of files ------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Checks of networks before the first step: they are built, they run, they fit."""
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ from torch import nn
 
 from sfumato.compress.base import Autoencoder
 from sfumato.errors import WRONG, UserError
+from sfumato.io.host_memory import total_bytes
 from sfumato.predict.conditioners.base import ClassConditioner
 from sfumato.predict.networks.base import Network
 from sfumato.train.caption_embeddings import Captions
@@ -126,8 +126,5 @@ def check_denoiser(
 
 
 def _memory() -> int:
-    """Bytes of this machine's memory."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # Windows
-        return 2**46
+    """Bytes of this machine's memory, so many that all fits where they are unknown."""
+    return total_bytes() or 2**46

@@ -20,7 +20,7 @@ def loop_notes(loop: LoopSettings, images: int) -> list[str]:
         images: Number of training images.
     """
     notes = []
-    steps, last = loop.steps, (1 + loop.steps) / (10 + loop.steps)
+    steps, last = loop.steps, loop.steps / (9 + loop.steps)  # of n = steps - 1
     if loop.warmup > steps:
         notes.append(
             f"loop.warmup={loop.warmup} is not over at the last of {steps} steps: "
