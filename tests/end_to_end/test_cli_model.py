@@ -24,6 +24,7 @@ from sfumato.data import open_images
 from sfumato.data.images import spread
 from sfumato.decode.whole import whole
 from sfumato.errors import UserError
+from sfumato.evaluate.inputs import choose
 from sfumato.evaluate.reconstruction import psnr
 from sfumato.images import read_parameters, to_pil
 from sfumato.loading import load
@@ -522,7 +523,13 @@ def test_evaluate_reads_the_captions_of_held_out_images(
     report = json.loads(Path("report/report.json").read_text())
     assert report["settings"]["prompts"] == "captions of 16 held-out images"
     assert report["settings"]["n"] == 18 and report["settings"]["floor_n"] == 16
+    assert report["settings"]["prompt_weights"] == "none"
     assert report["metrics"]["frechet_distance_all"]["floor"] is None
+    # the floor of fewer samples is a choice of the images: those whose captions are drawn
+    prompts.clear()
+    flags += ["--samples", "6", "--overwrite"]
+    assert main(["evaluate", "text", "--data", "captioned", "--steps", "1", *flags]) == 0
+    assert prompts == [f"a (red:2) test image {k}" for k in choose(16, 6, seed=0).tolist()]
 
 
 def test_evaluate_detects_memorisation(

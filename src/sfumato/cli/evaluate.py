@@ -34,8 +34,6 @@ LEAST = 6
 """Least number of samples: k + 1 neighbours."""
 MOST = 5000
 """Number of samples where the held-out images allow it."""
-PIXELS = 196_000
-"""Pixels that are drawn or reconstructed at a time: 250 images of 28 x 28."""
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -198,6 +196,8 @@ def _check_out(folder: Path, overwrite: bool) -> Path:
 
 def _fitted(options: Evaluate, model: "LatentDiffusion", test: "ImageSet") -> Evaluate:
     """The options with the numbers of samples that the held-out images allow."""
+    from sfumato.evaluate.reconstruction import PIXELS
+
     classes = len(model.class_names)
     samples = options.samples
     if samples is None:
@@ -266,7 +266,9 @@ def _measure(
     sampling = {name: getattr(options, name) for name in ("sampler", "spacing", "guidance")}
     settings = model.settings(steps=options.steps, **sampling)
     del settings["n"]  # of one call; the report has its own
-    prompts = _prompts(model, test, count)
+    prompts = _prompts(model, reference, test, count)
+    # brackets in a caption are text, as in training
+    settings |= {"prompt_weights": "none"} if prompts.texts and not model.class_names else {}
     facts = {
         "model": options.model,
         "model_hash": model.hash,
@@ -296,9 +298,7 @@ def _measure(
         sampling["spacing"] = None
     free = model.settings(steps=options.unconditional_steps or equal, **sampling)
     del free["n"]
-    # brackets in a caption are text, as in training
-    plain = {"prompt_weights": "none"} if prompts.texts and not num_classes else {}
-    samples = _draw(model, prompts.texts, count, options, settings | plain)
+    samples = _draw(model, prompts.texts, count, options, settings)
     clock.lap("sample")
     sample_labels = _translate(prompts.labels, model.class_names, features.class_names)
     report = measure(samples, sample_labels, f"{options.model} on {options.data}")
@@ -326,8 +326,13 @@ class _Prompts:
     source: str
 
 
-def _prompts(model: "LatentDiffusion", test: "ImageSet", count: int) -> _Prompts:
-    """Classes in turn, or the captions of the held-out images; None for other models."""
+def _prompts(
+    model: "LatentDiffusion", reference: "Reference", test: "ImageSet", count: int
+) -> _Prompts:
+    """Classes in turn, or the captions of the held-out images; None for other models.
+
+    The captions are those of the images that the samples are compared with.
+    """
     import torch
 
     from sfumato.predict.conditioners.base import ClassConditioner
@@ -340,8 +345,9 @@ def _prompts(model: "LatentDiffusion", test: "ImageSet", count: int) -> _Prompts
         return _Prompts(None, None, "none: the model is unconditional")
     if test.captions is None:
         return _Prompts(None, None, f"none: {test.name} has no captions")
-    captions = [test.captions[k % len(test.captions)] for k in range(count)]
-    return _Prompts(captions, None, f"captions of {min(count, len(test))} held-out images")
+    rows = reference.floor_rows(count).tolist()
+    captions = [test.captions[rows[k % len(rows)]] for k in range(count)]
+    return _Prompts(captions, None, f"captions of {len(rows)} held-out images")
 
 
 def _draw(

@@ -25,6 +25,8 @@ from torch import Tensor
 from sfumato.errors import UserError
 from sfumato.evaluate.inputs import check_pair
 
+PIXELS = 196_000
+"""Pixels that are drawn or reconstructed at a time, about: 250 images of 28 x 28."""
 WINDOW = 11
 SIGMA = 1.5
 

@@ -24,7 +24,7 @@ from sfumato.data import ImageSet
 from sfumato.errors import UserError
 from sfumato.evaluate.features import Features
 from sfumato.evaluate.frechet import frechet_distance, gaussian
-from sfumato.evaluate.reconstruction import WINDOW, decibels, mse_by_image, ssim
+from sfumato.evaluate.reconstruction import PIXELS, WINDOW, decibels, mse_by_image, ssim
 from sfumato.images import grid, to_pil
 from sfumato.io.progress import report
 from sfumato.train.discriminator import PatchDiscriminator, adaptive_weight, hinge
@@ -35,8 +35,6 @@ from sfumato.validate import number_in, one_of, whole_number
 
 HELD_OUT = 2000
 """Most held-out images that a preview measures."""
-PIXELS = 196_000
-"""Pixels that go through the autoencoder at a time, about: 250 images of 28 x 28."""
 
 
 @dataclass(frozen=True)
