@@ -24,7 +24,8 @@ from sfumato.cli._options import parse
 from sfumato.cli.edit import Edit
 from sfumato.cli.generate import Generate
 from sfumato.cli.info import Info
-from sfumato.cli.train import train
+from sfumato.cli.interpolate import Interpolate
+from sfumato.cli.train import Export, train
 from sfumato.cli.tune_timesteps import TuneTimesteps
 from sfumato.errors import NumericalError, UserError, system_error
 from sfumato.io.atomic import read_json
@@ -204,6 +205,22 @@ def test_the_home_folder_of_nobody() -> None:
     with pytest.raises(UserError, match="~nobody-of-this-name/m begins with a home folder"):
         expand_user("~nobody-of-this-name/m")
     assert expand_user("~/m") == Path.home() / "m" and expand_user("a~b") == Path("a~b")
+
+
+def test_the_home_folder_in_a_flag(
+    working_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shell leaves ~ in --out=~/a: what is checked is what is written."""
+    home = working_folder / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    assert main(["train", "copy", "photographs", "--out=~/mine.py"]) == 0
+    assert (home / "mine.py").is_file() and not Path("~").exists()
+    options = parse(Interpolate, ["--images", "~/a.png", "b.png"], "interpolate")
+    assert options.images == (home / "a.png", Path("b.png"))
+    assert parse(Export, ["~/run"], "train export").run == home / "run"
+    assert main(["train", "copy", "photographs", "--out=~nobody-x/mine.py"]) == 2
+    assert "home folder that is not known" in capsys.readouterr().err
 
 
 # ---- files of another kind -----------------------------------------------------------------------

@@ -78,7 +78,7 @@ def parse(
     """Fill the dataclass `kind` from the command line.
 
     Arguments that do not parse print the reason and exit with code 2. The value of a flag for text
-    may begin with a dash.
+    may begin with a dash. In a path ~ is the home folder, also in --out=~/a, which a shell leaves.
 
     Args:
         kind: The dataclass.
@@ -89,7 +89,8 @@ def parse(
         none: Allow the word None for a setting that can be None.
 
     Raises:
-        UserError: For a text that is not UTF-8, and a dash that makes a text look like a flag.
+        UserError: For a text that is not UTF-8, a dash that makes a text look like a flag, and the
+            home folder of somebody who is not known here.
     """
     options: dict[str, Any] = {} if default is None else {"default": default}
     markers = () if none else (tyro.conf.DisallowNone,)
@@ -101,7 +102,18 @@ def parse(
         config=(tyro.conf.PositionalMetavarFromFieldName, *markers),
         **options,
     )
-    return _decode_texts(parsed)
+    return _expand_paths(_decode_texts(parsed))
+
+
+def _expand_paths(options: T) -> T:
+    """Replace ~ in paths by the home folder: what is checked is what is written."""
+    changes: dict[str, Any] = {}
+    for name, value in vars(options).items():
+        if isinstance(value, Path):
+            changes[name] = expand_user(value)
+        elif isinstance(value, tuple) and any(isinstance(path, Path) for path in value):
+            changes[name] = tuple(expand_user(path) for path in value)
+    return replace(cast(Any, options), **changes) if changes else options
 
 
 _FLAG = re.compile(r"-h|--[A-Za-z][\w.-]*(=.*)?", re.DOTALL)
@@ -287,11 +299,7 @@ class ModelOptions:
             sampler: Value of --sampler, with which a model of an unknown scheduler opens.
         """
         values = {name: getattr(self, name) for name in READING} | {"sampler": sampler}
-        return {
-            name: expand_user(value) if isinstance(value, Path) else value
-            for name, value in values.items()
-            if value is not None
-        }
+        return {name: value for name, value in values.items() if value is not None}
 
     def check_early(
         self, check: Callable[["LatentDiffusion"], object], sampler: str | None = None

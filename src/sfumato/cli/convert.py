@@ -10,7 +10,6 @@ import tyro
 from sfumato.cli._options import parse, recorded, refuse, torch_dtype, unset
 from sfumato.cli._output import progress, readable_size
 from sfumato.errors import UserError
-from sfumato.io.paths import expand_user
 
 Dtype = Literal["bf16", "fp16", "fp32", "fp8", "fp8-scaled"]
 
@@ -46,7 +45,7 @@ class Convert:
 def convert(arguments: Sequence[str]) -> None:
     """Convert a model: folder, original single file, GGUF; bf16, fp16, fp32, fp8."""
     options = parse(Convert, arguments, "convert")
-    source, target = expand_user(options.source), expand_user(options.target)
+    source, target = options.source, options.target
     whole = target.suffix == ".safetensors"
     if target.exists():
         raise UserError(
@@ -76,9 +75,8 @@ def convert(arguments: Sequence[str]) -> None:
             "such as dit or sit"
         )
     storing = StoreOptions(dtype, options.dtype == "fp8-scaled")
-    config = expand_user(options.config) if options.config else None
     network = classes[0] if classes else None
-    opened = open_source(source, storing, config, options.variant, network)
+    opened = open_source(source, storing, options.config, options.variant, network)
     if opened is None:
         _convert_unet(options, source, target, dtype)
         return
@@ -115,7 +113,7 @@ def _convert_unet(options: Convert, source: Path, target: Path, dtype: Any) -> N
         dtype=dtype,
         variant=options.variant,
         tokenizer=options.tokenizer,
-        vae=None if options.vae is None else expand_user(options.vae),
+        vae=options.vae,
         stored=True,
     )
     model = open_model(source, reading)

@@ -102,7 +102,7 @@ def train(arguments: Sequence[str]) -> None:
 
 def _check_folder(out: Path) -> None:
     """Raise `UserError` where the folder of a run cannot be made, before anything is read."""
-    place = out.expanduser().absolute()
+    place = out.absolute()
     parent = next((p for p in (place, *place.parents) if p.exists()), Path("/"))
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(

@@ -15,6 +15,5 @@ def expand_user(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(
-            f"{path} begins with a home folder that is not known: "
-            "write the path from / on, or ./ before a name that begins with ~"
+            f"{path} begins with a home folder that is not known: write the path from / on"
         ) from error
