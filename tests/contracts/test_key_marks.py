@@ -1,6 +1,7 @@
 """Marks in keys: names of wrappers are left out, quantised weights are refused by their method."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from sfumato.checkpoints.formats import open_file
 from sfumato.checkpoints.lazy_tensor import load_tensors
 from sfumato.errors import UserError
 from sfumato.io.key_marks import unwrapped
+from sfumato.io.safetensors import read_weights
 
-UNET = "unet/diffusion_pytorch_model.safetensors"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+UNET = f"unet/{WEIGHTS}"
 QUANTIZED = {  # layer "a" in the files of each method
     "bitsandbytes in 4 bits": ("a.weight", "a.weight.absmax", "a.weight.quant_map",
                                "a.weight.quant_state.bitsandbytes__nf4"),
@@ -54,21 +57,35 @@ def test_names_of_wrapped_modules() -> None:
     """As torch writes them: a whole network, and layers that are compiled one by one."""
     network = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     keys = list(network.state_dict())
-    assert list(unwrapped(torch.compile(network).state_dict())) == keys
+    assert list(unwrapped(torch.compile(network).state_dict(), "a")) == keys
     network[1] = torch.compile(network[1])  # pyright: ignore[reportArgumentType]
     assert "1._orig_mod.weight" in network.state_dict()
-    assert list(unwrapped(network.state_dict())) == keys
-    with pytest.raises(UserError, match=r"hold both module\.a and a: expected one of them"):
-        unwrapped({"a": 1, "module.a": 2})
+    assert list(unwrapped(network.state_dict(), "a")) == keys
+
+
+@pytest.mark.parametrize(
+    "keys", [("a", "module.a"), ("module.a", "a"), ("module._orig_mod.a", "module.a")]
+)
+def test_two_weights_of_one_name_are_refused(keys: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=re.escape(f"x.pt holds both {keys[0]} and {keys[1]}, ")):
+        unwrapped({"b": 0, keys[0]: 1, keys[1]: 2}, "x.pt")
+    for kind, save in ((".safetensors", save_file), (".ckpt", torch.save)):
+        path = tmp_path / f"one{kind}"
+        save({key: torch.zeros(1) for key in keys}, path)
+        with pytest.raises(UserError, match=re.escape(f"{path} holds both ")):
+            open_file(path)
+    save_file({key: torch.zeros(1) for key in keys}, tmp_path / WEIGHTS)
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / WEIGHTS} holds both ")):
+        read_weights([tmp_path / WEIGHTS])
 
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_no_network_has_a_layer_with_a_wrappers_name(name: str) -> None:
     checkpoint = models.checkpoint(name, models.networks(name))
     raw = families.write(checkpoint)
-    assert unwrapped(raw.tensors) == dict(raw.tensors)
+    assert unwrapped(raw.tensors, "a") == dict(raw.tensors)
     for component in checkpoint.components.values():
-        assert unwrapped(component.tensors) == dict(component.tensors)
+        assert unwrapped(component.tensors, "a") == dict(component.tensors)
 
 
 @pytest.mark.parametrize("nest", ["state_dict", "module"])

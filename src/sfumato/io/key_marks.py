@@ -40,22 +40,25 @@ _REMEDY = (
 )
 
 
-def unwrapped(tensors: Mapping[str, T]) -> dict[str, T]:
+def unwrapped(tensors: Mapping[str, T], where: object) -> dict[str, T]:
     """Return the same tensors without the names of wrappers in their keys.
 
+    Args:
+        tensors: by their keys.
+        where: the file or folder, for the message.
+
     Raises:
-        UserError: a weight with a wrapper and without.
+        UserError: a weight with a wrapper and without, or with two.
     """
-    renamed = {_WRAPPED.sub("", key): tensor for key, tensor in tensors.items()}
-    if len(renamed) < len(tensors):
-        both = next(
-            key for key in tensors if (new := _WRAPPED.sub("", key)) != key and new in tensors
-        )
-        raise UserError(
-            f"weights hold both {both} and {_WRAPPED.sub('', both)}: "
-            "expected one of them; save the network without its wrapper"
-        )
-    return renamed
+    olds: dict[str, str] = {}
+    for key in tensors:
+        first = olds.setdefault(_WRAPPED.sub("", key), key)
+        if first != key:
+            raise UserError(
+                f"{where} holds both {first} and {key}, the same weight with other wrappers: "
+                "expected one of them; save the network without its wrapper"
+            )
+    return {new: tensors[key] for new, key in olds.items()}
 
 
 def require_unquantized(keys: Iterable[str], where: object) -> None:

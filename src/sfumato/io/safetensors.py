@@ -192,8 +192,9 @@ def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
                 "copy or download the folder again"
             )
         tensors |= shard
-    require_unquantized(tensors, files[0] if len(files) == 1 else files[0].parent)
-    return unwrapped(tensors)
+    where = files[0] if len(files) == 1 else files[0].parent
+    require_unquantized(tensors, where)
+    return unwrapped(tensors, where)
 
 
 # ---- keys ----------------------------------------------------------------------------------------

@@ -9,13 +9,12 @@ lone_vae      an autoencoder that replaces a model's own
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from sfumato.checkpoints.checkpoint import RawCheckpoint
 from sfumato.checkpoints.formats.folded import is_folded
 from sfumato.checkpoints.formats.gguf import is_gguf, read_gguf
 from sfumato.checkpoints.lazy_tensor import apply_scales, from_tensors
-from sfumato.errors import UserError, explained
+from sfumato.errors import UserError
 from sfumato.io.atomic import open_tensors
 from sfumato.io.key_marks import require_unquantized, unwrapped
 from sfumato.io.pickles import read_pickle, state_dict
@@ -69,7 +68,7 @@ def _open(path: Path, dtype: torch.dtype) -> RawCheckpoint:
         tensors, metadata = open_tensors(path)
         require_unquantized(tensors, path)
         mapped = not scale_keys({key: tensor.dtype for key, tensor in tensors.items()})
-        table = from_tensors(_unwrapped(tensors, path))
+        table = from_tensors(unwrapped(tensors, path))
         table = table if is_folded(metadata) else apply_scales(table)
         return RawCheckpoint(table, metadata, path, mapped)
     if path.suffix in PICKLES:
@@ -78,13 +77,8 @@ def _open(path: Path, dtype: torch.dtype) -> RawCheckpoint:
         metadata = {"global_step": str(step)} if isinstance(step, int) else {}
         weights = state_dict(values, path)
         require_unquantized(weights, path)
-        table = from_tensors(_unwrapped(weights, path))
+        table = from_tensors(unwrapped(weights, path))
         return RawCheckpoint(table, metadata, path, mapped=False)
     endings = f"expected a file that ends in {', '.join((*SAFE, *PICKLES, '.gguf'))}"
     kind = another_kind(path)
     raise UserError(f"{path}: {endings}; {kind}" if kind else f"{path}: {endings}")
-
-
-def _unwrapped(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    with explained(path):
-        return unwrapped(tensors)
