@@ -4,6 +4,8 @@ Inpainted images keep the transparency and the colours of their original.
 """
 
 import io
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,13 +14,13 @@ from PIL import Image, ImageDraw
 
 from helpers.images import pixels
 from helpers.models import tiny_model
-from helpers.profiles import DISPLAY_P3, matrix_profile
+from helpers.profiles import DISPLAY_P3, grey_profile, matrix_profile
 from sfumato.errors import UserError
 from sfumato.images import to_tensor
-from sfumato.io.image_files import open_image
+from sfumato.io.image_files import losses, open_image, to_srgb
 from sfumato.model import LatentDiffusion
-from sfumato.sampling import Request
-from sfumato.tasks import enlarge, image_to_image, inpaint, outpaint
+from sfumato.sampling import Plan, Request
+from sfumato.tasks import enlarge, image_to_image, inpaint, outpaint, variations
 from sfumato.tasks._masks import latent_mask, read_mask
 
 HOLE = np.zeros((16, 16), np.uint8)
@@ -144,7 +146,7 @@ def test_a_white_brush_on_nothing_draws_the_hole_alone(model: LatentDiffusion) -
     assert np.array_equal(pixels(expected)[HOLE == 0], pixels(photo)[HOLE == 0])
 
 
-@pytest.mark.parametrize("mode", ["LA", "RGBA", "P3", "RGBA P3", "CMYK"])
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P3", "RGBA P3", "CMYK", "L with a profile"])
 def test_inpainting_keeps_transparency_and_profile(mode: str, model: LatentDiffusion) -> None:
     numbers = np.random.default_rng(3).integers(0, 256, (16, 16, 4), np.uint8)
     profile = matrix_profile(DISPLAY_P3)
@@ -154,12 +156,18 @@ def test_inpainting_keeps_transparency_and_profile(mode: str, model: LatentDiffu
         "P3": reread(Image.fromarray(numbers[:, :, :3]), icc_profile=profile),
         "RGBA P3": reread(Image.fromarray(numbers, "RGBA"), icc_profile=profile),
         "CMYK": Image.fromarray(numbers, "CMYK"),
+        "L with a profile": reread(Image.fromarray(GREY), icc_profile=grey_profile(1.8)),
     }[mode]
     result = model.run(inpaint(model, image, PLAIN, REQUEST))[0]
-    own = {"LA": image.convert("RGBA"), "CMYK": image.convert("RGB")}.get(mode, image)
-    assert result.mode == own.mode and result.info.get("icc_profile") == image.info.get(
-        "icc_profile"
-    )
+    own = {
+        "LA": image.convert("RGBA"),
+        "CMYK": image.convert("RGB"),
+        "L with a profile": to_srgb(image).convert("RGB"),  # a profile of grey fits no colours
+    }.get(mode, image)
+    kept = image.info.get("icc_profile") if "P3" in mode else None
+    assert result.mode == own.mode and result.info.get("icc_profile") == kept
+    by_profile = [clause for clause in losses(image, keeps=True) if "by its profile" in clause]
+    assert bool(by_profile) == (mode == "L with a profile")
     assert np.array_equal(pixels(result)[HOLE == 0], pixels(own)[HOLE == 0])
     if result.mode == "RGBA":
         assert (pixels(result)[HOLE == 255][:, 3] == 255).all()
@@ -185,12 +193,42 @@ def test_a_grey_model_keeps_transparency() -> None:
     assert np.array_equal(pixels(result)[HOLE == 0], pixels(image)[HOLE == 0][:, [0, 3]])
 
 
-def test_other_tasks_read_every_mode(model: LatentDiffusion) -> None:
-    clear = Image.fromarray(np.dstack([GREY] * 4), "RGBA")
-    white = to_tensor(clear)
-    for task in (image_to_image, enlarge):
-        images = [model.run(task(model, one, REQUEST))[0] for one in (clear, white)]
-        assert np.array_equal(*images)
+def test_a_grey_model_keeps_a_profile_of_grey() -> None:
+    grey, profile = tiny_model(), grey_profile(1.8)
+    image = reread(Image.fromarray(GREY), icc_profile=profile)
+    result = grey.run(inpaint(grey, image, PLAIN, REQUEST))[0]
+    assert result.mode == "L" and result.info["icc_profile"] == profile
+    assert np.array_equal(pixels(result)[HOLE == 0], GREY[HOLE == 0])
+    assert losses(image, keeps=True, grey=True) == []
+
+
+@pytest.mark.parametrize("task", [inpaint, outpaint])
+def test_the_request_of_a_plan_keeps_no_other_image(
+    task: Callable[..., Plan], model: LatentDiffusion
+) -> None:
+    first, second = (bands(*(np.roll(GREY, k, 1) for k in (0, 1, 2)), GREY | k) for k in (1, 2))
+    settings = {"mask": PLAIN} if task is inpaint else {"left": 2}
+    plan = task(model, first, request=REQUEST, **settings)
+    reused = replace(plan.request, height=None, width=None, noise_offset=0)
+    again = task(model, second, request=reused, **settings)
+    expected = task(model, second, request=REQUEST, **settings).request.originals
+    assert expected is not None and again.request.originals == expected
+    opaque = task(model, second.convert("RGB"), request=reused, **settings)
+    assert opaque.request.originals is None
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_tasks_read_images_of_every_mode(name: str, model: LatentDiffusion) -> None:
+    """As pixels: upright, in sRGB, over white (`test_image_files.py` has their values)."""
+    image = SAME[name]
+    numbers = to_tensor(image).expand(-1, 3, -1, -1)
+    for task in (image_to_image, enlarge, variations):
+        a, b = (task(model, one, REQUEST, strength=0.5) for one in (image, numbers))
+        assert a.request.init_latent is not None and b.request.init_latent is not None
+        assert torch.equal(a.request.init_latent, b.request.init_latent), task
+    a, b = (inpaint(model, one, PLAIN, REQUEST) for one in (image, numbers))
+    assert a.request.composite is not None and b.request.composite is not None
+    assert torch.equal(a.request.composite[0], b.request.composite[0])
 
 
 def test_originals_of_another_size_or_number_are_refused(model: LatentDiffusion) -> None:

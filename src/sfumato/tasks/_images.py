@@ -134,13 +134,10 @@ def inpainting_channels(model: LatentDiffusion) -> tuple[int, int]:
 
 
 def own_task(model: LatentDiffusion) -> str:
-    """Name the task of a model that takes channels beside the latent, for messages."""
-    extra, space = extra_channels(model), model.autoencoder.space
-    if extra in inpainting_channels(model):
-        return "inpaint"
+    """Name the task of a model with other extra channels than inpainting's, for messages."""
     if model.low_res is not None:
         return "upscale"
-    if extra == space.channels:
+    if extra_channels(model) == model.autoencoder.space.channels:
         return "edit" if network_of(model).part == "unet" else "control"
     return ""
 

@@ -9,6 +9,7 @@ latent first, then every pixel of the mask: a latent cell's pixels are channels 
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from PIL import Image as pil
 from torch import Tensor
 
@@ -60,7 +61,38 @@ def inpaint(
         UserError: For a size, mask, strength or network that does not fit.
     """
     pixels, request = resize_request(model, image, request)
-    mask, extra = mask_pixels(pixels, mask), extra_channels(model)
+    mask = mask_pixels(pixels, mask)
+    if paste:
+        request = replace(request, composite=(pixels, mask), originals=own_colours(image))
+    else:
+        request = replace(request, composite=None, originals=None)
+    return plan_inpainting(model, pixels, mask, request, strength, posterior, noise_only_start)
+
+
+def plan_inpainting(
+    model: LatentDiffusion,
+    pixels: Float[Tensor, "N C H W"],
+    mask: Float[Tensor, "M _ H W"],
+    request: Request,
+    strength: float,
+    posterior: str,
+    noise_only_start: bool = False,
+) -> Plan:
+    """Plan the part of an image that a mask covers, as a request pastes it.
+
+    Args:
+        model: As for `inpaint`.
+        pixels: The image, in [-1, 1].
+        mask: 1 is drawn anew, in [0, 1].
+        request: Of the image's size, with its composite and originals.
+        strength: As for `inpaint`.
+        posterior: As for `inpaint`.
+        noise_only_start: As for `inpaint`.
+
+    Raises:
+        UserError: For a strength or network that does not fit.
+    """
+    extra = extra_channels(model)
     by_cell, by_pixel = inpainting_channels(model)
     if extra not in (0, by_cell, by_pixel):
         needs = f"inpainting needs none, or a mask and an image ({by_cell} or {by_pixel})"
@@ -70,11 +102,6 @@ def inpaint(
             f"noise_only_start=True with strength={strength} and {extra} channels beside the "
             "latent: expected strength 1 and an ordinary model"
         )
-    if paste:
-        originals = request.originals or own_colours(image)
-        request = replace(request, composite=(pixels, mask), originals=originals)
-    else:
-        request = replace(request, composite=None, originals=None)
     plan = model.plan(replace(request, concat=outline(model, pixels, extra)) if extra else request)
     times, draws = last_steps(plan.timesteps, strength), NoiseDraws(model, plan, posterior)
     z = draws.encode(pixels) if strength < 1 or not extra else None

@@ -9,8 +9,8 @@ from torch import Tensor
 from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
 from sfumato.sampling import Plan, Request
-from sfumato.tasks._images import ImageInput, own_colours
-from sfumato.tasks.inpaint import inpaint
+from sfumato.tasks._images import ImageInput, check_count, own_colours
+from sfumato.tasks.inpaint import plan_inpainting
 from sfumato.validate import whole_number
 
 
@@ -63,9 +63,10 @@ def outpaint(
     originals = own_colours(image)
     if originals is not None:
         originals = tuple(_enlarge(one, sides) for one in originals)
-    height, width = wide.shape[2:]
-    request = replace(request or Request(), height=height, width=width, originals=originals)
-    return inpaint(model, wide, mask, request, strength=strength, posterior=posterior)
+    request = replace(request or Request(), height=wide.shape[2], width=wide.shape[3])
+    check_count(pixels, request.count)
+    request = replace(request, composite=(wide, mask), originals=originals)
+    return plan_inpainting(model, wide, mask, request, strength, posterior)
 
 
 def _enlarge(image: pil.Image, sides: dict[str, int]) -> pil.Image:
