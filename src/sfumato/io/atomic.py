@@ -102,6 +102,16 @@ def _exchange(a: Path, b: Path) -> bool:
     return renameat2(here, os.fsencode(a), here, os.fsencode(b), swap) == 0
 
 
+def _make_parent(path: Path) -> None:
+    """Make the folder of a file; `NotWritten` where a file has its name, for instance."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotWritten(path, NotADirectoryError(f"{path.parent} is not a folder")) from error
+    except OSError as error:
+        raise NotWritten(path, error) from error
+
+
 @contextmanager
 def atomic_file(path: str | Path, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary path, renamed to `path` after the block and removed on errors.
@@ -116,7 +126,7 @@ def atomic_file(path: str | Path, replace: bool = True) -> Iterator[Path]:
         FileExistsError: there is a file of that name, and `replace` is False.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -162,7 +172,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         NotWritten: the folder cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
