@@ -149,9 +149,6 @@ def grid(images: Sequence[pil.Image], columns: int | None = None, pad: int = 2) 
     """
     if not images:
         raise UserError("a grid needs at least one image, got none")
-    sizes = sorted({f"{i.width}x{i.height}" for i in images})
-    if len(sizes) > 1:
-        raise UserError(f"the images of a grid must have one size, got {', '.join(sizes)}")
     whole_number("pad", pad, 0, unit="pixels")
     if columns is not None:
         positive_int("columns", columns)
@@ -160,8 +157,15 @@ def grid(images: Sequence[pil.Image], columns: int | None = None, pad: int = 2) 
 
 
 def contact_sheet(rows: Sequence[Sequence[pil.Image]], pad: int = 2) -> pil.Image:
-    """Rows of images of one size, `pad` white pixels apart; short rows end in white."""
+    """Rows of images of one size, `pad` white pixels apart; short rows end in white.
+
+    Raises:
+        UserError: For different sizes.
+    """
     rows = [list(map(flatten, row)) for row in rows]
+    sizes = sorted({f"{image.width}x{image.height}" for row in rows for image in row})
+    if len(sizes) > 1:
+        raise UserError(f"the images of a grid must have one size, got {', '.join(sizes)}")
     width, height = rows[0][0].size
     across = max(map(len, rows))
     mode = "L" if all(image.mode == "L" for row in rows for image in row) else "RGB"
