@@ -30,8 +30,10 @@ from sfumato.data import Transform, open_images
 from sfumato.errors import UserError
 from sfumato.images import grid, read_parameters, to_tensor, write_png
 from sfumato.io import image_files
+from sfumato.io.atomic import NotWritten, atomic_folder
 from sfumato.io.image_files import (
     flatten,
+    frame_count,
     losses,
     open_image,
     over_white,
@@ -323,20 +325,47 @@ def test_large_images_open_and_larger_ones_are_refused_by_their_size(
         open_image(data)
 
 
+def test_the_limit_of_the_message_is_the_one_that_was_exceeded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of some formats Pillow checks parts later, while another thread may open an image."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+
+    def load(stream: io.BytesIO) -> None:
+        try:
+            Image._decompression_bomb_check((30, 30))
+        finally:
+            Image.MAX_IMAGE_PIXELS = 900
+
+    monkeypatch.setattr(image_files, "_load", load)
+    with pytest.raises(UserError, match=r"has 0\.0009 megapixels, more than the 0\.0001 "):
+        open_image(b"any")
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
         (b"", "the file is empty"),
+        (b"/annex/objects/SHA256E-s1--1.png\n", "git-annex"),
+        (bytes(900), "begins with zeros alone"),
+        (b"\xfd7zXZ\0" + bytes(9), "an xz archive: unpack it first"),
+        (b"a" * 5 + bytes(252) + b"ustar", "a tar archive: unpack it first"),
+        (b"\x7fELF", "not an image file that Pillow can open"),
+        (b"\x93NUMPY\1\0", "a NumPy array: give an image such as PNG or JPEG"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS"),
-        (b"\n <!DOCTYPE html>\n<html lang='en'>", "a web page: download the image itself"),
+        (b"\n <!DOCTYPE html>\n<html lang='en'>", "a web page, .*: download the image itself"),
         (b"<html><body>429</body></html>", "a web page"),
+        (b"<!doctype html><title>x</title><svg width='1'></svg>", "a web page"),
+        (b"<?xml version='1.0'?><!DOCTYPE html><html><svg/></html>", "a web page"),
         (b"<?xml version='1.0'?>\n<svg width='1'/>", "an SVG drawing"),
-        (b"<Error><Code>AccessDenied</Code></Error>", "it is text"),
-        (b'{"error": "not found"}', "it is text"),
-        ("notes über ein Bild".encode(), "it is text"),
+        (b"<!DOCTYPE svg PUBLIC '-//W3C//DTD SVG 1.1//EN'><svg/>", "an SVG drawing"),
+        (b"\n<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing"),
+        (b"<Error><Code>AccessDenied</Code></Error>", "a web page"),
+        (b'{"error": "not found"}', 'it is a text that begins \'{"error": "not found"}\''),
+        ("notes über ein Bild".encode(), "it is a text that begins 'notes über ein Bild'"),
         (struct.pack("<Q", 20) + b'{"a": {"dtype": ""}}', "safetensors"),
         (b"\x80\x02}q\0.", "a pickle"),
-        (b"PK\x03\x04" + bytes(30), "a zip archive"),
+        (b"PK\x03\x04" + bytes(140), "a zip archive"),
         (b"GGUF\3\0\0\0", "GGUF"),
         (b"\0\0\0\x18ftypheic" + bytes(12), "HEIC, which Pillow does not read here"),
         (b"\0\0\0\x18ftypisom" + bytes(12), "a video"),
@@ -423,18 +452,120 @@ def test_losses_are_named() -> None:
     clear = photo.convert("RGBA")
     clear.putalpha(9)
     p3, broken = (open_image(saved(photo, icc_profile=p)) for p in (P3, b"broken"))
+    grey = open_image(saved(photo.convert("L"), icc_profile=grey_profile(1.8)))
+    in_grey, by_profile = (
+        "its colours become grey, as the model draws",
+        "its colours become sRGB, by its profile 'test colours'",
+    )
     for image, options, expected in (
         (photo, {}, []),
         (clear, {}, ["its transparency is laid over white"]),
         (clear, {"keeps": True}, []),
-        (p3, {}, ["its colours become sRGB, by its profile 'test colours'"]),
+        (p3, {}, [by_profile]),
         (p3, {"keeps": True}, []),
+        (grey, {}, [by_profile]),
+        (grey, {"keeps": True}, [by_profile]),  # the model draws colours
+        (grey, {"keeps": True, "grey": True}, []),
+        (p3, {"keeps": True, "grey": True}, [by_profile, in_grey]),
         (broken, {}, ["its colour profile is damaged or of another colour space, and is ignored"]),
-        (photo, {"grey": True}, ["its colours become grey, as the model draws"]),
+        (photo, {"grey": True}, [in_grey]),
         (photo.convert("L").convert("RGB"), {"grey": True}, []),
         (Image.new("I;16", (2, 2)), {}, ["its 16 bits a channel become 8"]),
     ):
         assert losses(image, **options) == expected
+
+
+def colour_tiff(values: bytes, bits: int, compression: int = 1) -> bytes:
+    """A TIFF of one pixel in RGB, big-endian."""
+    entries = [(256, 1), (257, 1), (258, 160), (259, compression), (262, 2), (273, 200)]
+    entries += [(277, 3), (278, 1), (279, len(values))]
+    head = b"MM\0*" + struct.pack(">IH", 8, len(entries))
+    for tag, value in entries:
+        kind, count = (4, 1) if tag in (273, 279) else (3, 3 if tag == 258 else 1)
+        number = struct.pack(">HH", value, 0) if kind == 3 and count == 1 else None
+        head += struct.pack(">HHI", tag, kind, count) + (number or struct.pack(">I", value))
+    return (head.ljust(160, b"\0") + struct.pack(">3H", *[bits] * 3)).ljust(200, b"\0") + values
+
+
+def bitmap_of_16_bits() -> bytes:
+    """A BMP of one pixel with 5 bits of red and blue and 6 of green."""
+    head = struct.pack("<IiiHHIIiiII", 40, 1, 1, 1, 16, 3, 4, 0, 0, 0, 0)
+    masks = struct.pack("<III", 0xF800, 0x7E0, 0x1F)
+    return b"BM" + struct.pack("<I4xI", 70, 66) + head + masks + bytes([0, 248, 0, 0])
+
+
+def test_the_depth_of_colours_is_named() -> None:
+    """Pillow reads 8 of 16 bits a channel without a word."""
+    lost = ["its 16 bits a channel become 8"]
+    row = struct.pack(">4H", 1000, 2000, 3000, 65535)
+    for data in (
+        png(16, 2, b"\0" + row[:6], (1, 1)),
+        png(16, 4, b"\0" + row[:4], (1, 1)),
+        png(16, 6, b"\0" + row, (1, 1)),
+        colour_tiff(row[:6], 16),
+        colour_tiff(zlib.compress(row[:6]), 16, compression=8),
+        b"P6 1 1 65535\n" + row[:6],
+        b"P3 1 1 1000\n1 2 1000",
+    ):
+        image = open_image(data)
+        assert losses(image, keeps=True) == lost
+        again = open_image(saved(flatten(image)))
+        assert losses(again) == []
+    text = chunk(b"iTXt", b"workflow\0\0\0\0\0" + b" " * (2 << 20))
+    assert losses(open_image(png(16, 2, b"\0" + row[:6], (1, 1), text))) == lost
+    for data in (
+        colour_tiff(row[:3], 8),
+        png(8, 2, b"\0" + row[:3], (1, 1)),
+        b"P6 1 1 255\n" + row[:3],
+        b"P6 1 1 100\n" + bytes(3),
+        bitmap_of_16_bits(),
+    ):
+        assert losses(open_image(data)) == []
+
+
+def psd(layers: int) -> bytes:
+    """A drawing of Photoshop: 2 x 2 pixels, and empty layers."""
+    layer = bytes(16) + bytes(2) + b"8BIMnorm" + bytes(4) + bytes(4)
+    content = struct.pack(">h", layers) + layer * layers
+    section = struct.pack(">I", len(content)) + content
+    head = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, 2, 2, 8, 3) + bytes(8)
+    return head + struct.pack(">I", len(section)) + section + bytes(2) + bytes(12)
+
+
+def test_frames_are_counted_and_layers_are_not(tmp_path: Path) -> None:
+    path, photo = tmp_path / "a", Image.fromarray(COLOURS)
+    path.write_bytes(psd(3))
+    assert Image.open(path).n_frames == 3  # pyright: ignore[reportAttributeAccessIssue]
+    assert frame_count(path) == 1 and open_image(path).size == (2, 2)
+    photo.save(path, "gif", save_all=True, append_images=[photo.rotate(90), photo.rotate(180)])
+    assert frame_count(path) == 3
+
+
+@pytest.mark.parametrize("name", ["a/b.png", "a/b/c.png", "link/b.png"])
+def test_a_file_in_the_place_of_a_folder_is_no_name_that_is_taken(
+    name: str, tmp_path: Path
+) -> None:
+    """`FileExistsError` would be, which asks for another number in the name."""
+    (tmp_path / "a").write_bytes(b"mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    for replace in (False, True):
+        with pytest.raises(NotWritten, match="Not a directory|is not a folder"):
+            write_png(tmp_path / name, Image.fromarray(COLOURS), replace=replace)
+    with pytest.raises(NotWritten), atomic_folder(tmp_path / name):
+        raise AssertionError
+    assert (tmp_path / "a").read_bytes() == b"mine"
+
+
+def test_a_grid_compares_sizes_of_upright_images() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    photo = Image.fromarray(COLOURS)
+    turned = open_image(saved(photo.transpose(Image.Transpose.ROTATE_90), exif=exif))
+    assert turned.size != photo.size
+    assert np.array_equal(pixels(grid([turned, photo], pad=0)), np.hstack([COLOURS] * 2))
+    upright = open_image(saved(photo, exif=exif))
+    with pytest.raises(UserError, match="must have one size, got 6x8, 8x6"):
+        grid([upright, photo])
 
 
 def test_a_grid_is_opaque_and_in_srgb() -> None:

@@ -363,7 +363,7 @@ def test_commands_name_the_losses_of_a_result(
     [
         (None, "it is a folder: expected one image file"),
         (b"version https://git-lfs.github.com/spec/v1\n", "run `git lfs pull`"),
-        (b"<!DOCTYPE html>", "a web page: download the image itself"),
+        (b"<!DOCTYPE html>", "a web page, not the file: download the image itself"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\xff\xff\0\0\xff\xff\x08\0\0\0\0", "megapixels"),
     ],
     ids=["folder", "pointer", "page", "large"],

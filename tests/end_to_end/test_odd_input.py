@@ -234,12 +234,16 @@ KINDS: dict[str, tuple[bytes, str]] = {
     "old page": (b"<HTML><BODY>", "it is a web page"),
     "cloud storage": (b"<?xml version='1.0'?><Error><Code>AccessDenied", "it is a web page"),
     "message": (b"Invalid username or password.", "that begins 'Invalid username or password.'"),
+    "message in another language": (
+        "Zugriff verweigert: Passwort ungültig".encode(),
+        "a text that",
+    ),
     "JSON": (b'{"error":"Repository not found"}', "perhaps a server's message"),
     "zip": (b"PK\x03\x04" + bytes(140), "it is a zip archive: unpack it"),
     "gzip": (b"\x1f\x8b\x08" + bytes(40), "it is a gzip archive"),
     "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(40), "HDF5 file (Keras, TensorFlow)"),
     "ONNX": (b"\x08\x08\x12\x07pytorch\x1a\x052.1.0", "it is an ONNX model"),
-    "PNG": (b"\x89PNG\r\n\x1a\n" + bytes(40), "it is a PNG image"),
+    "PNG": (b"\x89PNG\r\n\x1a\n" + bytes(40), "it is a PNG image: "),
     "tar": (b"a" * 5 + bytes(252) + b"ustar", "it is a tar archive"),
     "pickle": (b"\x80\x02}q\x00.", "it is a pickle of torch"),
     "zeros": (bytes(900), "begins with zeros alone"),
@@ -282,6 +286,22 @@ def test_the_first_bytes_tell_the_kind_of_a_file(kind: str, folder: Path, tmp_pa
         assert_one_sentence(caught.value, config, words)
 
 
+def test_the_remedy_is_what_was_expected(tmp_path: Path) -> None:
+    """The first bytes of every kind under names of weights, texts and images."""
+    place = tmp_path / "one"
+    for start, name, remedies in (
+        (KINDS["PNG"][0], "a PNG image", ("give model weights", "download it again", None)),
+        (KINDS["pickle"][0], "a pickle of torch", (".ckpt", "download it again", "give an image")),
+        (KINDS["HDF5"][0], "an HDF5 file", ("convert it", "download it again", "give an image")),
+        (KINDS["zip"][0], "a zip archive", ("unpack it first",) * 3),
+        (b"PAR1", "a Parquet table", ("give model weights", "download it again", "a data set")),
+    ):
+        place.write_bytes(start)
+        for expected, remedy in zip(("weights", "text", "image"), remedies, strict=True):
+            kind = another_kind(place, expected)
+            assert remedy is None or (kind is not None and f"is {name}" in kind and remedy in kind)
+
+
 def test_sound_files_under_wrong_names_open(folder: Path, tmp_path: Path) -> None:
     """Safetensors, wherever weights may lie: it runs no code."""
     expected = sfumato.load(folder).hash
@@ -290,7 +310,7 @@ def test_sound_files_under_wrong_names_open(folder: Path, tmp_path: Path) -> Non
         copy = shutil.copy(tmp_path / "one.safetensors", tmp_path / f"one{ending}")
         assert sfumato.load(copy).hash == expected
         assert another_kind(copy) == (
-            "it begins as a safetensors file: give it a name that ends in .safetensors"
+            "it is a safetensors file: give it a name that ends in .safetensors"
         )
     (folder / "unet" / WEIGHTS).rename(folder / "unet" / "diffusion_pytorch_model.bin")
     assert sfumato.load(folder).hash == expected

@@ -2,8 +2,8 @@
 
     file -> image of any mode -> L, LA, RGB or RGBA in sRGB -> L or RGB over white
 
-Depth. 16-bit grey is divided by 257. 32-bit integers and floating-point numbers are refused, where
-the file does not say which number is white.
+Depth. 16-bit grey is divided by 257; of 16-bit colours Pillow reads the upper 8 bits. 32-bit
+integers and floating-point numbers are refused, where the file does not say which number is white.
 
 Colour. An ICC profile (ICC.1:2022) is converted to sRGB by LittleCMS, relative colorimetric with
 black-point compensation. Pixels stay as they are without a profile, with a broken one, with one of
@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError, features
 
 from sfumato.errors import UserError
+from sfumato.io.signatures import first_words, kind_of
 
 LARGEST = 1 << 28
 """Most pixels of an image, 268 megapixels: above phone cameras' 200, 0.8 GB in memory."""
@@ -39,6 +40,9 @@ PROFILE_LIMIT = 1 << 24
 
 SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 """Colour space of a profile that fits an image mode."""
+
+DEEP = "sfumato:deep"
+"""Key of `Image.info`, True for images whose file has 16 bits a channel, of which 8 are read."""
 
 Stream = io.BytesIO | io.BufferedReader
 
@@ -96,10 +100,10 @@ def _decode(stream: Stream, keep: str | None) -> Image.Image:
     except UserError:
         raise
     except UnidentifiedImageError as error:
-        raise UserError(foreign_kind(head) or _unread(head)) from error
+        raise UserError(foreign_kind(head)) from error
     except Image.DecompressionBombError as error:
-        size = re.search(r"\d+", str(error))
-        raise _too_large(int(size[0]) if size else 0) from error
+        # of some formats Pillow decodes a part, or all, by its own limit
+        raise _too_large(*_numbers(error)) from error
     except Exception as error:
         # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
         raise UserError(_damage(error)) from error
@@ -119,7 +123,10 @@ def _damage(error: Exception) -> str:
 def _load(stream: Stream) -> Image.Image:
     image = _open(stream)
     _scale_transparent_colour(image)
+    deep = _is_deep(image)
     image.load()
+    if deep:
+        image.info[DEEP] = True
     return image
 
 
@@ -127,22 +134,30 @@ def _open(stream: Stream) -> ImageFile.ImageFile:
     """Read the header of an image; `UserError` for more pixels than `LARGEST`."""
     with _limit:  # Pillow has one limit for the whole program
         before = Image.MAX_IMAGE_PIXELS
-        if before == PILLOW_LIMIT:
+        unchanged = before == PILLOW_LIMIT
+        if unchanged:
             Image.MAX_IMAGE_PIXELS = 2 * LARGEST
         try:
             image = Image.open(stream)
+        except Image.DecompressionBombError as error:
+            if unchanged:
+                raise _too_large(_numbers(error)[0], LARGEST) from error
+            raise
         finally:
             Image.MAX_IMAGE_PIXELS = before
     pixels = image.width * image.height
-    if pixels > LARGEST and before == PILLOW_LIMIT:
-        raise _too_large(pixels)
+    if pixels > LARGEST and unchanged:
+        raise _too_large(pixels, LARGEST)
     return image
 
 
-def _too_large(pixels: int) -> UserError:
-    own = Image.MAX_IMAGE_PIXELS or PILLOW_LIMIT
-    # of some formats Pillow decodes a part, or all, by its own limit
-    limit = LARGEST if own == PILLOW_LIMIT and pixels > LARGEST else 2 * own
+def _numbers(error: Image.DecompressionBombError) -> tuple[int, int]:
+    """Pixels of an image, and the limit that it exceeds, by Pillow's message."""
+    pixels, limit = map(int, re.findall(r"\d+", str(error)))
+    return pixels, limit
+
+
+def _too_large(pixels: int, limit: int) -> UserError:
     return UserError(
         f"it has {_millions(pixels)} megapixels, more than the {_millions(limit)} that are opened "
         "(larger ones may be decompression bombs): reduce it first"
@@ -151,6 +166,18 @@ def _too_large(pixels: int) -> UserError:
 
 def _millions(number: int) -> str:
     return f"{number / 1e6:.0f}" if number >= 1e7 else f"{number / 1e6:.3g}"
+
+
+def _is_deep(image: ImageFile.ImageFile) -> bool:
+    """True for colours of 16 bits a channel, of which Pillow keeps 8."""
+    if not isinstance(image, ImageFile.ImageFile) or not image.tile:
+        return False
+    decoder, _, _, arguments = image.tile[0]
+    raw_mode, *rest = arguments if isinstance(arguments, tuple) else (arguments,)
+    if decoder in ("ppm", "ppm_plain"):
+        return rest[0] > 255  # the largest level
+    # BGR;16, of BMP files, has 16 bits for three colours
+    return decoder == "SGI16" or re.search(";16[BLN]", str(raw_mode)) is not None
 
 
 def _scale_transparent_colour(image: ImageFile.ImageFile) -> None:
@@ -223,54 +250,26 @@ def without_text(data: bytes, keep: str | None = None) -> tuple[bytes, bytes]:
 HEAD = 2048
 """Bytes by which the kind of a file is told."""
 
-_TEXTS = (
-    ("version https://git-lfs", "a pointer of Git LFS instead of the image: run `git lfs pull`"),
-    ("<!doctype html", "a web page: download the image itself"),
-    ("<html", "a web page: download the image itself"),
-    ("<svg", "an SVG drawing: export it as PNG"),
-    ("<?xml", "XML: expected PNG, JPEG, WebP or another image of pixels"),
-)
 _BRANDS = {
     **dict.fromkeys(("heic", "heix", "hevc", "hevx", "heim", "heis", "mif1", "msf1"), "HEIC"),
     **dict.fromkeys(("avif", "avis"), "AVIF"),
     "crx ": "camera raw",
 }
-_SIGNATURES = (
-    (b"GGUF", "a file of model weights (GGUF)"),
-    (b"PK\x03\x04", "a zip archive, as PyTorch's checkpoints and office documents are"),
-    (b"\x80\x02", "a pickle, as PyTorch's older checkpoints are"),
-    (b"\x80\x04", "a pickle, as PyTorch's older checkpoints are"),
-    (b"\x80\x05", "a pickle, as PyTorch's older checkpoints are"),
-    (b"PAR1", "a table (parquet): open it as a data set"),
-    (b"%PDF", "a PDF document: export its page as PNG"),
-    (b"\x1f\x8b", "a gzip archive: unpack it first"),
-    (b"7z\xbc\xaf", "a 7z archive: unpack it first"),
-    (b"Rar!", "a rar archive: unpack it first"),
-    (b"\x1aE\xdf\xa3", "a video (Matroska, WebM): export one frame as PNG"),
-    (b"\xff\x0a", "a JPEG XL image, which Pillow does not read: convert it to PNG or JPEG"),
-    (
-        b"\0\0\0\x0cJXL ",
-        "a JPEG XL image, which Pillow does not read: convert it to PNG or JPEG",
-    ),
-)
+_JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL ")
+_MATROSKA = b"\x1aE\xdf\xa3"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"IIU\0", b"IIRO", b"FUJIFILMCCD-RAW")
 _IMAGES = (PNG_SIGNATURE, b"\xff\xd8\xff", b"GIF8", b"BM", *_TIFF)
 
 
 def foreign_kind(head: bytes) -> str:
-    """Name the kind of a file that is no image of pixels, by its first bytes.
+    """Name the kind of a file that Pillow does not open, by its first bytes.
 
     Args:
         head: The first `HEAD` bytes, or all.
 
     Returns:
-        "it is a web page: download the image itself" and the like; "" for others.
+        "it is a web page, not the file: download the image itself" and the like.
     """
-    for signature, kind in _SIGNATURES:
-        if head.startswith(signature):
-            return f"it is {kind}"
-    if head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") < 1 << 30:
-        return "it is a file of model weights (safetensors)"
     if head[4:8] == b"ftyp":
         kind = _BRANDS.get(head[8:12].decode("latin-1"), "a video")
         if kind == "a video":
@@ -278,17 +277,12 @@ def foreign_kind(head: bytes) -> str:
         if kind == "AVIF" and features.check("avif"):
             return "it is AVIF, and its header is truncated or damaged: copy or download it again"
         return f"it is {kind}, which Pillow does not read here: convert it to PNG or JPEG"
-    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
-        return "it is a video (AVI): export one frame as PNG"
-    text = head.decode("utf-8-sig", "ignore").lstrip().lower()
-    for begin, kind in _TEXTS:
-        if text.startswith(begin):
-            return "it is an SVG drawing: export it as PNG" if "<svg" in text else f"it is {kind}"
-    return ""
-
-
-def _unread(head: bytes) -> str:
-    """The reason for a file whose kind is none of the above."""
+    if head.startswith(_JPEG_XL):
+        return "it is a JPEG XL image, which Pillow does not read: convert it to PNG or JPEG"
+    if head.startswith(_MATROSKA) or (head[:4] == b"RIFF" and head[8:12] == b"AVI "):
+        return "it is a video: export one frame as PNG"
+    if _is_svg(first_words(head)):
+        return "it is an SVG drawing: export it as PNG"
     if head.startswith(_TIFF):
         return (
             "it is a TIFF or a camera's raw file of a kind that Pillow does not read: "
@@ -296,11 +290,14 @@ def _unread(head: bytes) -> str:
         )
     if head.startswith(_IMAGES):
         return "its header is truncated or damaged: copy or download it again"
-    text = head.decode("utf-8", "replace")
-    readable = sum((c.isprintable() or c.isspace()) and c != "\ufffd" for c in text)
-    if readable > 0.95 * len(text):
-        return "it is text: expected an image such as PNG or JPEG"
-    return "it is not an image file that Pillow can open"
+    return kind_of(head, "image") or "it is not an image file that Pillow can open"
+
+
+def _is_svg(words: bytes) -> bool:
+    """Return True for a drawing; a web page may have one inside."""
+    if words.startswith(b"<?xml"):
+        return b"<svg" in words.partition(b"<html")[0]
+    return words.startswith((b"<svg", b"<!doctype svg"))
 
 
 # ---- depth, colour, transparency -----------------------------------------------------------------
@@ -554,15 +551,16 @@ def losses(image: Image.Image, keeps: bool = False, grey: bool = False) -> list[
 
     Args:
         image: The image as opened.
-        keeps: The result has its transparency and its profile, by `put_back`.
+        keeps: The result has its transparency by `put_back`, and its profile where it can.
         grey: The result is grey.
     """
     base, alpha = split_alpha(image)
+    keeps_profile = keeps and base.mode == ("L" if grey else "RGB")
     profile, data = profile_of(image, base.mode), image.info.get("icc_profile")
     lost: list[str] = []
-    if white_level(image) is not None:
+    if white_level(image) is not None or image.info.get(DEEP) is True:
         lost.append("its 16 bits a channel become 8")
-    if profile is not None and (grey or not keeps or profile.from_srgb is None):
+    if profile is not None and not (keeps_profile and profile.from_srgb):
         lost.append(f"its colours become sRGB, by its profile {profile.name!r}")
     elif base.mode == "CMYK":
         lost.append("its CMYK colours become sRGB without a profile, and may differ from print")
@@ -576,11 +574,11 @@ def losses(image: Image.Image, keeps: bool = False, grey: bool = False) -> list[
 
 
 def frame_count(path: str | Path) -> int:
-    """Number of frames or pages of an image file; views of one scene (MPO) count as one."""
+    """Number of frames or pages of an image file; views of one scene and layers count as one."""
     try:
         with Path(path).open("rb") as stream:
             image = _open(stream)
-            return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            return 1 if image.format in ("MPO", "PSD") else getattr(image, "n_frames", 1)
     except Exception:  # Pillow's limit of text, which `open_image` lifts
         return 1
 
@@ -600,7 +598,8 @@ def put_back(drawn: Image.Image, original: Image.Image, mask: np.ndarray) -> Ima
 
     Returns:
         The original, bit for bit, where the mask is 0; drawn and opaque where it is 1. In between,
-        alpha is blended too. A drawn image in grey makes a coloured original grey, in sRGB.
+        alpha is blended too. A coloured original becomes sRGB where grey is drawn, and a grey one
+        where colours are drawn.
     """
     bands = 1 if drawn.mode == "L" else 3
     if len(original.mode.removesuffix("A")) != bands:

@@ -124,7 +124,7 @@ def _require_sentencepiece(folder: Path) -> None:
     except (OSError, RuntimeError, TypeError) as error:
         raise UserError(
             f"{folder}/{SPIECE} is not a SentencePiece model: "
-            f"{another_kind(folder / SPIECE) or 'copy or download it again'}"
+            f"{another_kind(folder / SPIECE, 'tokenizer') or 'copy or download it again'}"
         ) from error
 
 
