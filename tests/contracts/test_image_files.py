@@ -549,7 +549,7 @@ def test_a_file_in_the_place_of_a_folder_is_no_name_that_is_taken(
     (tmp_path / "a").write_bytes(b"mine")
     (tmp_path / "link").symlink_to("nowhere")
     for replace in (False, True):
-        with pytest.raises(NotWritten, match="Not a directory|is not a folder"):
+        with pytest.raises(NotWritten, match=r"Not a directory|is not a folder"):
             write_png(tmp_path / name, Image.fromarray(COLOURS), replace=replace)
     with pytest.raises(NotWritten), atomic_folder(tmp_path / name):
         raise AssertionError
