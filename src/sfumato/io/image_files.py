@@ -42,7 +42,7 @@ SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 """Colour space of a profile that fits an image mode."""
 
 DEEP = "sfumato:deep"
-"""Key of `Image.info`, True for images whose file has 16 bits a channel, of which 8 are read."""
+"""Key of `Image.info`: True where the file has 16 bits a channel, of which 8 are read."""
 
 Stream = io.BytesIO | io.BufferedReader
 
