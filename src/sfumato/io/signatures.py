@@ -18,7 +18,7 @@ _OTHERWISE = {
     "text": _AGAIN,
     "image": "give an image such as PNG or JPEG",
 }
-"""What may be expected, and the remedy for kinds that have none of their own."""
+"""Remedies of kinds that have none of their own, by the kind that was expected."""
 _CONVERT = {"weights": "convert it to safetensors with the tool that wrote it"}
 _OWN = {"weights": f"{_CONVERT['weights']}, or use the model's own weights"}
 _UNPACK = dict.fromkeys(_OTHERWISE, "unpack it first")
@@ -85,7 +85,7 @@ def another_kind(path: str | Path, expected: str = "weights") -> str | None:
 
 
 def kind_of(start: bytes, expected: str) -> str | None:
-    """Return a clause for the kind of a file that could not be read as expected, and the remedy.
+    """Return a clause for the kind of a file that was not read as expected, and the remedy.
 
     Args:
         start: The first bytes of the file, 512 or more, or all.
