@@ -286,7 +286,7 @@ def test_the_first_bytes_tell_the_kind_of_a_file(kind: str, folder: Path, tmp_pa
         assert_one_sentence(caught.value, config, words)
 
 
-def test_the_remedy_is_what_was_expected(tmp_path: Path) -> None:
+def test_the_remedy_fits_the_kind_that_was_expected(tmp_path: Path) -> None:
     """The first bytes of every kind under names of weights, texts and images."""
     place = tmp_path / "one"
     for start, name, remedies in (
