@@ -102,6 +102,7 @@ def disassemble(
         family=None if family is None else family.name,
         conditioner=lambda network, options: model.conditioner,
         path=Path("the model"),
+        training_data=dict(model.training_data),
     )
 
 

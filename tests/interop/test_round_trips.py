@@ -56,6 +56,14 @@ def draw(model: Any) -> Tensor:
 # ---- fields --------------------------------------------------------------------------------------
 
 SCHEDULER, TOKENS = "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"
+NOTE = {
+    "name": "boots",
+    "defaults": {
+        "steps": 7, "guidance": 3.0, "size": 24,
+        "tuned_timesteps": {"ddim": [[0.9, 0.5, 0.0]]},
+    },
+    "training_data": {"images": 12, "name": "clothing"},
+}  # fmt: skip
 KEPT: list[tuple[str, str, dict[str, Any]]] = [
     ("SD 1", SCHEDULER, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
     ("SD 1", SCHEDULER, {"steps_offset": 3, "set_alpha_to_one": False}),
@@ -69,6 +77,7 @@ KEPT: list[tuple[str, str, dict[str, Any]]] = [
     ("SDXL", "tokenizer_2/tokenizer_config.json", {"pad_token": END}),
     ("SDXL", TOKENS, {"pad_token": "a"}),
     ("SDXL", "model_index.json", {"force_zeros_for_empty_prompt": False}),
+    ("SD 1", "model_index.json", {"_sfumato": NOTE}),
 ]
 """Fields that change images and that both a folder and a single file keep."""
 
@@ -98,6 +107,7 @@ def test_fields_that_are_kept(
         again = sfumato.load(tmp_path / name)
         assert torch.allclose(draw(again), expected, atol=5e-5)
         assert (again.defaults, again.denoiser.process) == (model.defaults, model.denoiser.process)
+        assert (again.name, again.training_data) == (model.name, model.training_data)
         # other programs do not read the notes of a single file
         warned = name != "again" and file.startswith("tokenizer")
         assert ("other programs, which take their own, draw other images" in caplog.text) == warned

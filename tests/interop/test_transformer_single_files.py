@@ -192,7 +192,8 @@ def whole(name: str, scratch: Path) -> LatentDiffusion:
         Denoiser(network(name), recipe.process),
         texts(name, scratch),
     )
-    return LatentDiffusion(*parts, Defaults(**run), f"tiny-{name}")
+    record = {"images": 12}
+    return LatentDiffusion(*parts, Defaults(**run), f"tiny-{name}", training_data=record)
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +269,7 @@ def test_there_and_back(
     model = models[name]
     again = sfumato.load(saved(name) / "a.safetensors")
     assert (again.hash, again.name, again.defaults) == (model.hash, model.name, model.defaults)
+    assert again.training_data == model.training_data != {}
     assert (
         again.denoiser.process == model.denoiser.process
         and again.conditioner.to_config() == model.conditioner.to_config()
@@ -361,6 +363,7 @@ def test_convert_keeps_all_that_changes_an_image(
             model.name,
             model.defaults,
         ), place
+        assert result.training_data == model.training_data
         assert result.conditioner.to_config() == model.conditioner.to_config()
     assert same(picture(result), picture(model))
     entries = [

@@ -6,7 +6,7 @@ sfumato.conditioner         conditioner/config.json: how prompts are encoded
 sfumato.tokenizer           CLIP's {"vocab": ..., "merges": ...}, or BERT's {"wordpiece": ...};
                             "settings" by encoder where they are not the family's (pad_token ...)
 sfumato.tokenizers          {"tokenizer": {file: text}, ...}, whole folders
-sfumato.model               {"name": ..., "defaults": ...}
+sfumato.model               {"name": ..., "defaults": ..., "training_data": ...}
 sfumato.configs             {part: config.json} of parts whose config other readers would guess
 sfumato.transformer         fields of the network's config that do not follow from keys and shapes
 sfumato.fields              {part: {field: value}} of a U-Net's model that keys do not show and that
@@ -53,8 +53,16 @@ def read_json(metadata: Mapping[str, str], key: str) -> Any:
 
 
 def read_model_note(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Name and defaults of the model; empty where they are not noted."""
+    """Name, defaults and training data of the model; empty where they are not noted."""
     return read_json(metadata, MODEL)
+
+
+def write_model_note(
+    name: str, defaults: Mapping[str, Any], training_data: Mapping[str, Any]
+) -> dict[str, str]:
+    """The metadata that `read_model_note` reads."""
+    note = {"name": name, "defaults": defaults}
+    return {MODEL: json.dumps(note | ({"training_data": training_data} if training_data else {}))}
 
 
 def read_configs(metadata: Mapping[str, str], where: object) -> dict[str, dict[str, Any]]:

@@ -244,7 +244,7 @@ class Family(ABC):
         kind: str,
         note: Config | None = None,
     ) -> Checkpoint:
-        """The checkpoint of a file's components; `note`: the model's name and defaults."""
+        """The checkpoint of a file's components; `note`: by `read_model_note`."""
         note = note or {}
         return Checkpoint(
             components,
@@ -256,6 +256,7 @@ class Family(ABC):
             conditioner=partial(self.read_conditioner, raw, components),
             path=raw.path,
             metadata=raw.metadata,
+            training_data=dict(note.get("training_data", {})),
         )
 
     @abstractmethod

@@ -328,15 +328,14 @@ class TransformerFamily(Family):
         return raw if same and not fields - _FREE else None
 
     def notes(self, checkpoint: Checkpoint, conditioner: Conditioner) -> dict[str, str]:
-        """Configs, tokenizers, settings of the conditioner, scheduler, name and defaults."""
+        """Configs, tokenizers, settings of the conditioner, scheduler, and the model's note."""
         configs = {name: part.config for name, part in checkpoint.components.items()}
         return {
             notes.CONFIGS: json.dumps(configs, sort_keys=True),
             notes.TOKENIZERS: pack_encoders(conditioner.encoders),
             notes.CONDITIONER: json.dumps(conditioner.to_config()),
             notes.SCHEDULER: json.dumps(checkpoint.schedulers["scheduler"]),
-            notes.MODEL: json.dumps({"name": checkpoint.name, "defaults": checkpoint.defaults}),
-        }
+        } | notes.write_model_note(checkpoint.name, checkpoint.defaults, checkpoint.training_data)
 
     # ---- model_index.json ------------------------------------------------------------------------
 

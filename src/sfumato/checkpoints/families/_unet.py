@@ -275,10 +275,11 @@ class UNetFamily(Family):
                 for name, key in notes.SCHEDULERS.items()
                 if key in raw.metadata
             }
+            model = notes.read_model_note(raw.metadata)
         for part, fields in notes.read_free_fields(raw.metadata, raw.path).items():
             if part in components:
                 components[part].config.update(fields)
-        return self.checkpoint(raw, components, schedulers, kind)
+        return self.checkpoint(raw, components, schedulers, kind, model)
 
     def require_whole(self, checkpoint: Checkpoint) -> None:
         """Raise `UserError` without a U-Net or an autoencoder."""
@@ -442,7 +443,7 @@ class UNetFamily(Family):
         return {"modelspec.prediction_type": "v" if prediction == VELOCITY else prediction, **heads}
 
     def notes(self, checkpoint: Checkpoint, conditioner: Conditioner) -> dict[str, str]:
-        """Schedulers, tokenizer and settings of the conditioner."""
+        """Schedulers, tokenizer, settings of the conditioner, and the model's note."""
         noted = {
             notes.SCHEDULERS[name]: json.dumps(config)
             for name, config in checkpoint.schedulers.items()
@@ -450,6 +451,9 @@ class UNetFamily(Family):
         if conditioner.encoders:
             pads = {tower.end: tower.pad for tower in self.towers}
             noted[notes.TOKENIZER] = self.pack_tokenizer(conditioner.encoders, pads)
+        noted |= notes.write_model_note(
+            checkpoint.name, checkpoint.defaults, checkpoint.training_data
+        )
         return noted | {notes.CONDITIONER: json.dumps(conditioner.to_config())}
 
     @staticmethod
