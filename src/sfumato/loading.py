@@ -225,7 +225,8 @@ def assemble(checkpoint: Checkpoint, options: LoadOptions) -> LatentDiffusion:
     path, components = checkpoint.path, checkpoint.components
     family = None if checkpoint.family is None else families.by_name(checkpoint.family)
     if options.vae is not None:
-        vae = read_autoencoder(options.vae, components["vae"].config, options)
+        published = {} if family is None else family.latent_scales
+        vae = read_autoencoder(options.vae, components["vae"].config, options, published)
         components = {**components, "vae": vae}
     part = next(name for name in folders.NETWORKS if name in components)
     autoencoder, network = (components[name].build(path, options.opened) for name in ("vae", part))

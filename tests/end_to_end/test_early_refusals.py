@@ -22,10 +22,15 @@ from helpers.errors import assert_one_sentence
 from helpers.models import tiny_model
 from helpers.pipelines import tiny_pipeline
 from helpers.processes import run_python
+from sfumato.checkpoints import families
+from sfumato.checkpoints.checkpoint import LoadOptions
+from sfumato.checkpoints.formats.folder import save_part
+from sfumato.checkpoints.formats.lone_vae import read_autoencoder
 from sfumato.cli import main
 from sfumato.cli._names import SPACINGS, guidance_names
 from sfumato.cli._run import check_prompts
 from sfumato.cli.generate import Generate
+from sfumato.compress.tiny import AutoencoderTiny, TinyConfig
 from sfumato.diffuse import timesteps
 from sfumato.errors import UserError
 from sfumato.io import safetensors
@@ -261,6 +266,19 @@ def test_another_vae(sd1: Path, models: dict[str, Path], tmp_path: Path) -> None
     single_files.save(original, single_files.gather({"vae": vae}, {}))
     state = sfumato.load(sd1, vae=original).autoencoder.state_dict()
     assert all(torch.equal(state[key], lazy.load()) for key, lazy in vae.tensors.items())
+    tiny = AutoencoderTiny(TinyConfig(latent_channels=4))  # its scale of latents is 1
+    small = Path(shutil.copytree(sd1, tmp_path / "small"))
+    shutil.rmtree(small / "vae")
+    save_part(small / "vae", tiny)
+    index = json.loads((small / "model_index.json").read_text())
+    index["vae"] = ["diffusers", "AutoencoderTiny"]
+    (small / "model_index.json").write_text(json.dumps(index))
+    assert sfumato.load(small).autoencoder.space.std == (1.0,) * 4
+    space = sfumato.load(sd1, vae=original).autoencoder.space
+    assert sfumato.load(small, vae=original).autoencoder.space == space
+    published = families.by_name("sdxl").latent_scales
+    result = read_autoencoder(original, tiny.to_config(), LoadOptions(), published)
+    assert result.config["scaling_factor"] == 0.13025
     (sd1 / "vae" / file.name).unlink()  # the own one may be missing
     out = tmp_path / "images"
     out.mkdir()

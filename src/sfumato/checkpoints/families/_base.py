@@ -321,6 +321,11 @@ class Family(ABC):
         """
         return None
 
+    @property
+    def latent_scales(self) -> dict[str, Any]:
+        """Scale and shift of latents of its autoencoder, as fields; empty where they differ."""
+        return {}
+
     @abstractmethod
     def require_whole(self, checkpoint: Checkpoint) -> None:
         """Raise `UserError` for a single file that lacks parts of a model."""
@@ -341,6 +346,26 @@ class Family(ABC):
     def guidance(self, conditioner: Conditioner) -> dict[str, Any]:
         """The guidance of models that diffusers has no pipeline for."""
         return {}
+
+
+def read_alone(
+    raw: RawCheckpoint, section: Section, prefix: str, others: tuple[str, ...]
+) -> Component:
+    """The network of a file; other parts of the file are ignored.
+
+    Args:
+        raw: The file.
+        section: The network's.
+        prefix: Of the network's keys.
+        others: Prefixes of other parts, where the network has none.
+    """
+    tensors = {
+        key: lazy
+        for key, lazy in raw.tensors.items()
+        if key.startswith(prefix) and (prefix or not key.startswith(others))
+    }
+    check_sources(section.maps, tensors, raw.path, section.spare)
+    return Component(section.config, load_all(section.maps, tensors, raw.path))
 
 
 def store_section(

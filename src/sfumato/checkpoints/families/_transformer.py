@@ -29,12 +29,13 @@ from sfumato.checkpoints.families._base import (
     Encoders,
     Family,
     Section,
+    read_alone,
     store_section,
 )
 from sfumato.checkpoints.families._registry import candidates
 from sfumato.checkpoints.shapes import Shapes
 from sfumato.checkpoints.tokenizers import pack_encoders, tokenizer_folders
-from sfumato.checkpoints.weight_map import WeightMap, check_sources, load_all, with_prefix
+from sfumato.checkpoints.weight_map import WeightMap, with_prefix
 from sfumato.compress.kl import KLConfig
 from sfumato.diffuse.process import Process
 from sfumato.errors import UserError, explained
@@ -177,14 +178,7 @@ class TransformerFamily(Family):
         section = self.network(raw, shapes, config)
         assert section is not None, "see detect"
         prefix = NETWORK if NETWORK + self.mark in shapes.table else ""
-        others = (*AUTOENCODERS, TEXTS) if prefix == "" else ()
-        tensors = {
-            key: lazy
-            for key, lazy in raw.tensors.items()
-            if key.startswith(prefix) and not key.startswith(others)
-        }
-        check_sources(section.maps, tensors, raw.path, section.spare)
-        return Component(section.config, load_all(section.maps, tensors, raw.path))
+        return read_alone(raw, section, prefix, (*AUTOENCODERS, TEXTS))
 
     def complete(
         self, raw: RawCheckpoint, options: ReadOptions, components: dict[str, Component]
@@ -210,6 +204,12 @@ class TransformerFamily(Family):
                 "model, and this as its transformer "
                 "(--model FOLDER --transformer FILE, or load(FOLDER, transformer=FILE))"
             )
+
+    @property
+    def latent_scales(self) -> dict[str, Any]:
+        """The published ones, of whole files."""
+        fields = ("scaling_factor", "shift_factor")
+        return {} if self.latents is None else dict(zip(fields, self.latents, strict=True))
 
     @property
     def _tower_parts(self) -> set[str]:

@@ -34,6 +34,7 @@ from sfumato.checkpoints.families._base import (
     Configs,
     Family,
     Section,
+    read_alone,
     store_section,
 )
 from sfumato.checkpoints.families._lossless import unrepresentable_fields
@@ -44,7 +45,7 @@ from sfumato.checkpoints.lazy_tensor import LazyTensor, LazyTensors, from_tensor
 from sfumato.checkpoints.schedulers import betas
 from sfumato.checkpoints.shapes import Shapes
 from sfumato.checkpoints.tokenizers import pack_clip
-from sfumato.checkpoints.weight_map import check_sources, load_all, with_prefix
+from sfumato.checkpoints.weight_map import with_prefix
 from sfumato.diffuse.process import Process
 from sfumato.errors import UserError, explained
 from sfumato.predict.conditioners.base import Conditioner
@@ -280,6 +281,11 @@ class UNetFamily(Family):
             if part in components:
                 components[part].config.update(fields)
         return self.checkpoint(raw, components, schedulers, kind, model)
+
+    @property
+    def latent_scales(self) -> dict[str, Any]:
+        """The published scale."""
+        return {"scaling_factor": self.scaling_factor}
 
     def require_whole(self, checkpoint: Checkpoint) -> None:
         """Raise `UserError` without a U-Net or an autoencoder."""
@@ -520,15 +526,10 @@ def read_unet(raw: RawCheckpoint, config: Config) -> Component:
             f"{raw.path} holds no U-Net under its original names or diffusers' "
             f"(its first keys: {shown})"
         )
+    buffers = frozenset(key for key in raw.tensors if _BUFFERS.fullmatch(key))
     maps = with_prefix(unet_map(config), prefix)
-    others = (*AUTOENCODERS, TEXT, "conditioner.") if prefix == "" else ()
-    tensors = {
-        key: lazy
-        for key, lazy in raw.tensors.items()
-        if key.startswith(prefix) and not key.startswith(others) and not _BUFFERS.fullmatch(key)
-    }
-    check_sources(maps, tensors, raw.path)
-    return Component(dict(config), load_all(maps, tensors, raw.path))
+    section = Section("unet", dict(config), maps, buffers)
+    return read_alone(raw, section, prefix, (*AUTOENCODERS, TEXT, "conditioner."))
 
 
 def _absent(*parts: str) -> dict[str, Any]:

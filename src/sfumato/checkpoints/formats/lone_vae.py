@@ -1,5 +1,6 @@
 """An autoencoder that replaces a model's own: another folder's, or a file's."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ _SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 """Fields of an autoencoder that its original file does not hold: the model's own decide."""
 
 
-def read_autoencoder(place: Path, own: dict[str, Any], options: LoadOptions) -> Component:
+def read_autoencoder(
+    place: Path, own: dict[str, Any], options: LoadOptions, published: Mapping[str, Any]
+) -> Component:
     """Read an autoencoder from another place than the model's.
 
     Args:
@@ -27,6 +30,8 @@ def read_autoencoder(place: Path, own: dict[str, Any], options: LoadOptions) -> 
             TAESD's files, or a file under the original names or diffusers'.
         own: The config of the model's own autoencoder, which has the scale of latents.
         options: How the model is opened.
+        published: The scale of latents of the model's family, which counts where the model's own
+            autoencoder is of another class, such as a tiny one.
 
     Raises:
         UserError: For a place that is missing, or holds no autoencoder.
@@ -57,5 +62,6 @@ def read_autoencoder(place: Path, own: dict[str, Any], options: LoadOptions) -> 
             "such as vae-ft-mse-840000-ema-pruned.safetensors"
         )
     vae = components["vae"]
-    scales = {field: own[field] for field in _SCALES if field in own}
+    same = own.get("_class_name", vae.config["_class_name"]) == vae.config["_class_name"]
+    scales = {field: own[field] for field in _SCALES if field in own} if same else published
     return Component({**vae.config, **scales}, vae.tensors, path=place)
