@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from safetensors.torch import load_file, save_file
 
 import sfumato
 from helpers.hub import COMMIT, Hub, Repository, point_to, serve
 from helpers.pipelines import save_pipelines, tiny_pipeline
-from sfumato.checkpoints.hub import HubId, parse_id
+from sfumato.checkpoints.hub import HubId, download, parse_id
 from sfumato.errors import UserError
 
 PARTS = {
@@ -46,6 +47,7 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / part / name).write_bytes(b"other")
     for part in ("safety_checker", "vae_1_0"):
         shutil.copytree(folder / "vae", folder / part)
+    (folder / "safety_checker" / "model.odd.safetensors").write_bytes(b"other")
     index = json.loads((folder / "model_index.json").read_text())
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -81,9 +83,13 @@ def test_weights_of_the_parts_in_one_variant(hub: Hub, halves: str) -> None:
     assert hub.weights() == weights("")
 
 
-def test_a_variant_that_no_part_has(hub: Hub) -> None:
-    with pytest.raises(UserError, match=r"no part of a/sdxl has .* 'bf17': it has fp16, non_ema"):
-        sfumato.load("a/sdxl", variant="bf17")
+@pytest.mark.parametrize("variant", ["bf17", "fp1", "safe", "odd"])
+def test_a_variant_that_no_part_has(hub: Hub, sdxl: Path, variant: str) -> None:
+    """Parts of a name, and variants of folders that are not read, are none."""
+    for place in ("a/sdxl", sdxl):
+        words = f"no part of {place} has .* '{variant}': it has fp16, non_ema"
+        with pytest.raises(UserError, match=words):
+            sfumato.load(place, variant=variant)
     assert not hub.weights()
 
 
@@ -149,6 +155,38 @@ def test_a_network_that_another_file_replaces_is_not_downloaded(
     with pytest.raises(UserError, match=r"network\.safetensors was not found"):
         sfumato.load("a/sdxl", transformer=tmp_path / "network.safetensors")
     assert not any(name.startswith("unet/") for name in hub.weights())
+    shutil.copytree(sdxl, tmp_path / "quantised")
+    path = tmp_path / "quantised" / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"a": 1}}))
+    hub.repositories["a/quantised"] = Repository(tmp_path / "quantised")
+    with pytest.raises(UserError, match=r"network\.safetensors was not found"):
+        sfumato.load("a/quantised", transformer=tmp_path / "network.safetensors")
+
+
+def test_an_autoencoder_that_another_file_replaces_is_not_downloaded(
+    hub: Hub, sdxl: Path, halves: str
+) -> None:
+    model = sfumato.load("a/sdxl", variant="fp16", vae=sdxl / "vae")
+    assert model.hash == halves
+    assert hub.weights() == [name for name in weights(".fp16") if not name.startswith("vae/")]
+
+
+def test_the_pipeline_of_a_community(hub: Hub, tmp_path: Path) -> None:
+    """Its class is a list; the autoencoder has the name of its kind of pipelines."""
+    folder = tmp_path / "ldm"
+    parts = {"vqvae": "VQModel", "unet": "UNet2DModel"}
+    for part, name in parts.items():
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text(json.dumps({"_class_name": name}))
+        (folder / part / "diffusion_pytorch_model.safetensors").write_text(part)
+    index = {"_class_name": ["mine.py", "LDMPipeline"]}
+    index |= {part: ["diffusers", name] for part, name in parts.items()}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    hub.repositories["a/ldm"] = Repository(folder)
+    download(HubId("a/ldm"))
+    assert hub.weights() == [
+        f"{part}/diffusion_pytorch_model.safetensors" for part in sorted(parts)
+    ]
 
 
 # ---- revisions -----------------------------------------------------------------------------------
@@ -178,6 +216,28 @@ def test_revisions(hub: Hub, sdxl: Path, halves: str) -> None:
         sfumato.load(sdxl, revision="v1")
 
 
+@pytest.mark.parametrize("call", [0, 1, 2])
+def test_a_push_during_the_download(
+    call: int, hub: Hub, sdxl: Path, halves: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All files are of one commit, whichever call the push comes before."""
+    newer = Path(shutil.copytree(sdxl, tmp_path / "newer"))
+    shards = [f"model.fp16-0000{k}-of-00002.safetensors" for k in (1, 2)]
+    cut(newer, "text_encoder_2", shards, "model.safetensors.index.fp16.json", shards)
+    fetch, calls = huggingface_hub.snapshot_download, []
+
+    def pushed(*arguments: object, **options: object) -> str:
+        if len(calls) == call:
+            commit = COMMIT[::-1]
+            hub.repositories["a/sdxl"] = Repository(newer, commit=commit, earlier={COMMIT: sdxl})
+        calls.append(fetch(*arguments, **options))
+        return calls[-1]
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", pushed)
+    assert sfumato.load("a/sdxl", variant="fp16").hash == halves
+    assert len(set(calls)) == 1 < len(calls)
+
+
 # ---- repositories that cannot be read ------------------------------------------------------------
 
 
@@ -200,6 +260,21 @@ def test_gated_missing_and_foreign_repositories(hub: Hub, sdxl: Path, tmp_path: 
     assert not hub.downloads
 
 
+def named(folder: Path, unet: object) -> None:
+    """Write the class of the network into model_index.json."""
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text()) | {"unet": ["diffusers", unet]}
+    path.write_text(json.dumps(index))
+
+
+def test_the_class_of_model_index_counts(hub: Hub, sdxl: Path, halves: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sdxl, tmp_path / "other"))
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "MotionModel"}))
+    hub.repositories["a/other"] = Repository(folder)
+    assert sfumato.load("a/other", variant="fp16").hash == halves
+
+
 def test_kinds_that_cannot_be_opened_are_refused_before_their_weights(
     hub: Hub, sdxl: Path, tmp_path: Path
 ) -> None:
@@ -211,6 +286,8 @@ def test_kinds_that_cannot_be_opened_are_refused_before_their_weights(
         shutil.copytree(sdxl, folder)
         path = folder / "unet" / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+        if field == "_class_name":
+            named(folder, value)
         hub.repositories["a/other"] = Repository(folder, commit=COMMIT[::-1])
         with pytest.raises(UserError, match=words):
             sfumato.load("a/other")
@@ -220,8 +297,6 @@ def test_kinds_that_cannot_be_opened_are_refused_before_their_weights(
 
 
 def test_a_full_disk(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -240,3 +315,38 @@ def test_without_a_connection_the_cache_is_taken(
     assert sfumato.load("a/sdxl", variant="fp16").hash == halves
     with pytest.raises(UserError, match="the Hub cannot be reached"):
         sfumato.load("a/other")
+
+
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [
+        ("unet/*", "it lacks unet/"),
+        ("unet/*.safetensors", "part unet, has no weights"),
+        ("scheduler/*", "it lacks scheduler/"),
+    ],
+)
+def test_a_part_of_a_model_in_the_cache_is_no_model(
+    lost: str, words: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = download(HubId("a/sdxl"), "fp16")
+    for path in folder.glob(lost):
+        path.unlink()
+    point_to("http://127.0.0.1:9", monkeypatch)
+    with pytest.raises(
+        UserError, match=rf"the cache holds only a part of it .*{words}.* and the Hub cannot be re"
+    ):
+        sfumato.load("a/sdxl", variant="fp16")
+
+
+def test_shards_that_the_cache_lacks(
+    hub: Hub, sdxl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut(
+        Path(shutil.copytree(sdxl, tmp_path / "sharded")),
+        *("text_encoder_2", NEW, "model.safetensors.index.fp16.json", NEW),
+    )
+    hub.repositories["a/sharded"] = Repository(tmp_path / "sharded")
+    (download(HubId("a/sharded"), "fp16") / "text_encoder_2" / NEW[1]).unlink()
+    point_to("http://127.0.0.1:9", monkeypatch)
+    with pytest.raises(UserError, match=rf"it lacks text_encoder_2/{NEW[1]}.*cannot be reached"):
+        sfumato.load("a/sharded", variant="fp16")

@@ -24,12 +24,15 @@ class Repository:
         folder: its files.
         revisions: names of branches and tags, beside the commit's.
         gated: True where files are for accounts that accepted the licence.
+        commit: the newest.
+        earlier: folders of older commits, which are served, too.
     """
 
     folder: Path
     revisions: tuple[str, ...] = ("main",)
     gated: bool = False
     commit: str = COMMIT
+    earlier: dict[str, Path] = field(default_factory=dict)
 
 
 @dataclass
@@ -87,28 +90,27 @@ def serve(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             if repository is None:
                 return 404, {"X-Error-Code": "RepoNotFound"}, b""
             kind, rest = (words[2], words[3:]) if len(words) > 2 else ("revision", ["main"])
-            revisions = (*repository.revisions, repository.commit)
+            revisions = (*repository.revisions, repository.commit, *repository.earlier)
             joined = "/".join(rest)
             revision = next(
                 (r for r in revisions if joined == r or joined.startswith(f"{r}/")), None
             )
             if revision is None:
                 return 404, {"X-Error-Code": "RevisionNotFound"}, b""
-            names = [
-                str(p.relative_to(repository.folder))
-                for p in sorted(repository.folder.rglob("*"))
-                if p.is_file()
-            ]
+            old = repository.earlier.get(revision)
+            folder = old or repository.folder
+            commit = revision if old else repository.commit
+            names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
             if kind == "revision":
                 listed = [{"rfilename": name} for name in names]
-                answer = {"id": "/".join(words[:2]), "sha": repository.commit, "siblings": listed}
+                answer = {"id": "/".join(words[:2]), "sha": commit, "siblings": listed}
                 return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
             if kind == "tree":
                 tree = [
                     {
                         "type": "file",
                         "path": name,
-                        "size": (repository.folder / name).stat().st_size,
+                        "size": (folder / name).stat().st_size,
                         "oid": hashlib.sha1(name.encode()).hexdigest(),
                     }
                     for name in names
@@ -119,11 +121,11 @@ def serve(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             name = joined.removeprefix(f"{revision}/")
             if name not in names:
                 return 404, {"X-Error-Code": "EntryNotFound"}, b""
-            content = (repository.folder / name).read_bytes()
+            content = (folder / name).read_bytes()
             if body:
                 hub.downloads.append(name)
             etag = hashlib.sha1(content).hexdigest()
-            return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": repository.commit}, content
+            return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": commit}, content
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()

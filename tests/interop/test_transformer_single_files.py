@@ -375,6 +375,23 @@ def test_convert_keeps_all_that_changes_an_image(
     )
 
 
+def test_convert_follows_the_classes_of_model_index(
+    models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As `load` does, also for a community's pipeline."""
+    folder = Path(shutil.copytree(saved("flux") / "folder", tmp_path / "folder"))
+    for file, name in (
+        ("transformer/config.json", "SD3Transformer2DModel"),
+        ("scheduler/scheduler_config.json", "DDIMScheduler"),
+        ("model_index.json", ["mine.py", "FluxPipeline"]),
+    ):
+        path = folder / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": name}))
+    assert main(["convert", str(folder), str(tmp_path / "a.safetensors")]) == 0
+    result, model = sfumato.load(tmp_path / "a.safetensors"), models["flux"]
+    assert (result.hash, result.denoiser.process) == (model.hash, model.denoiser.process)
+
+
 def test_half_precision(
     models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -514,6 +531,12 @@ def test_a_network_beside_a_folder(
             and result.defaults == model.defaults
             and same(picture(result), picture(model))
         )
+    # settings of the weights that are replaced, and a class that model_index.json corrects
+    config = base / "transformer" / "config.json"
+    fields = {"quantization_config": {"quant_method": "bitsandbytes"}, "min_decay": 0.1}
+    fields["_class_name"] = "SD3Transformer2DModel"
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    assert sfumato.load(base, transformer=tmp_path / "net.safetensors").hash == model.hash
     torch.save({"state_dict": tensors}, tmp_path / "net.pt")
     assert sfumato.load(base, transformer=str(tmp_path / "net.pt")).hash == model.hash
     every = saved("flux") / "a.safetensors"  # of a whole file the network is taken

@@ -24,8 +24,13 @@ from sfumato.checkpoints.families import (
 from sfumato.checkpoints.formats import open_file
 from sfumato.checkpoints.formats.folded import is_folded
 from sfumato.checkpoints.formats.folder import (
+    INDEX,
     read_component,
+    read_config,
+    read_index,
+    read_scheduler_config,
     require_variant,
+    weight_files,
     write_component,
 )
 from sfumato.checkpoints.lazy_tensor import (
@@ -90,7 +95,7 @@ class Source:
     @property
     def complete_folder(self) -> Path | None:
         """The folder, where the source has every part with weights that it names; else None."""
-        index = None if self.folder is None else self.folder / "model_index.json"
+        index = None if self.folder is None else self.folder / INDEX
         if index is None or not index.exists():
             return None
         parts = {k for k, v in read_table(index).items() if k in PARTS and v != [None, None]}
@@ -123,8 +128,7 @@ def open_source(
         UserError: a source that is missing, damaged, or of no known layout.
     """
     if source.is_dir():
-        index = source / "model_index.json"
-        if index.exists() and "unet" in read_table(index):
+        if (source / INDEX).exists() and "unet" in read_index(source):
             return None
         for flag, value in ((f"--config {config}", config), ("--network", network)):
             if value is not None:
@@ -199,15 +203,20 @@ def _read_configs(folder: Path) -> dict[str, dict[str, Any]]:
             f"--config {folder}: expected a folder with config.json, "
             "or a model's folder with transformer/config.json"
         )
-    return {part: read_table(place / "config.json") for part, place in folders.items()}
+    index = read_index(folder) if (folder / INDEX).exists() else {}
+    return {
+        part: read_config(place / "config.json", index.get(place.name))
+        for part, place in folders.items()
+    }
 
 
 def _open_folder(folder: Path, variant: str | None) -> Source:
-    if (folder / "model_index.json").exists():
-        require_variant(folder, variant)
+    index = read_index(folder) if (folder / INDEX).exists() else {}
+    if index:
+        require_variant(folder, weight_files(folder, index), variant)
     components: dict[str, Component] = {}
     for part, place in _part_folders(folder).items():
-        component = read_component(place, variant, text=None)
+        component = read_component(place, variant, text=None, index=index)
         tensors = checked_finite(apply_scales(component.tensors), place)
         components[part] = replace(component, tensors=tensors)
     if not components:
@@ -215,7 +224,7 @@ def _open_folder(folder: Path, variant: str | None) -> Source:
             f"{folder} holds no model: expected config.json with weights, model_index.json, "
             "or a folder transformer in it"
         )
-    whole = not (folder / "config.json").exists() and (folder / "model_index.json").exists()
+    whole = not (folder / "config.json").exists() and (folder / INDEX).exists()
     return Source(Checkpoint(components, path=folder), folder if whole else None)
 
 
@@ -304,11 +313,12 @@ def _folder_notes(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> dic
     These are tokenizers, scheduler, the conditioner's settings, name and defaults. Defaults are
     those of the folder's pipeline where sfumato did not write it.
     """
-    metadata = pack_folders(folder)
+    metadata, index = pack_folders(folder), read_index(folder)
     for key, path in FOLDER_FILES.items():
         if (folder / path).exists():
             metadata[key] = json.dumps(read_table(folder / path))
-    index = read_table(folder / "model_index.json")
+    if SCHEDULER in metadata:
+        metadata[SCHEDULER] = json.dumps(read_scheduler_config(folder / "scheduler", index))
     family = families.by_index(index)
     learned = bool(configs.get("transformer", {}).get("guidance_embeds"))
     scheduler = json.loads(metadata.get(SCHEDULER, "{}"))
@@ -341,7 +351,7 @@ def _write_folder_files(checkpoint: Checkpoint, folder: Path) -> None:
             index[name] = ["transformers", tower.tokenizer_class]
         if "name" in note:  # else the defaults are the pipeline's
             index["_sfumato"] = note
-    for path, values in {"model_index.json": index, **files}.items():
+    for path, values in {INDEX: index, **files}.items():
         (folder / path).parent.mkdir(exist_ok=True)
         write_json(folder / path, values)
 

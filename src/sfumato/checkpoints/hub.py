@@ -12,32 +12,30 @@ import errno
 import glob
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from sfumato.checkpoints import families
 from sfumato.checkpoints.checkpoint import class_of
-from sfumato.checkpoints.formats.folder import NETWORKS, STEM, TEXT_PICKLED, TEXT_STEM
+from sfumato.checkpoints.formats.folder import (
+    INDEX,
+    SETTINGS,
+    TEXT_STEM,
+    named_class,
+    parts_of,
+    read_index,
+    require_variant,
+    stems_of,
+)
 from sfumato.errors import UserError
 from sfumato.io.atomic import read_table
 from sfumato.io.key_marks import require_unquantized_config
-from sfumato.io.safetensors import (
-    choose_weights,
-    no_weights,
-    shard_names,
-    unknown_variant,
-    variants_of,
-)
+from sfumato.io.safetensors import choose_weights, no_weights, shard_names
 
 log = logging.getLogger("sfumato")
 
-INDEX = "model_index.json"
 _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.+))?")
-_TEXTS = ("text_encoder", "bert")
-_SETTINGS = ("scheduler", "low_res_scheduler", "tokenizer", "conditioner")
 _SMALL = (".json", ".txt", ".model", ".jinja")
 """Endings of configs and tokenizers."""
 _TOKEN = "`hf auth login`, or the variable HF_TOKEN"
@@ -79,7 +77,7 @@ def parse_id(source: str, revision: str | None = None) -> HubId | None:
     return HubId(match[1], match[2] or revision)
 
 
-def download(source: HubId, variant: str | None = None, network: bool = True) -> Path:
+def download(source: HubId, variant: str | None = None, replaced: Collection[str] = ()) -> Path:
     """Download what a model needs, where it is not in the cache yet.
 
     Without a connection the cache alone is used.
@@ -87,7 +85,7 @@ def download(source: HubId, variant: str | None = None, network: bool = True) ->
     Args:
         source: The repository.
         variant: Weights to prefer, such as "fp16"; parts without them are taken as they are.
-        network: Whether the network's weights are needed; False where another file replaces them.
+        replaced: Folders of parts whose weights are read from elsewhere.
 
     Returns:
         The folder of the snapshot.
@@ -107,83 +105,73 @@ def download(source: HubId, variant: str | None = None, network: bool = True) ->
             folder = None if "RevisionNotFoundError" in _kinds(error) else _cached(source)
             if folder is None:
                 raise
+            _require_cached(source, folder, variant, replaced, error)
             if not _is_offline(error):
                 log.warning("%s: taken from the cache, because %s", source, _cause(source, error))
             return folder
         if INDEX not in names:
             raise _no_index(source, names)
-        index = read_table(_fetch(source, [INDEX]) / INDEX)
-        parts = parts_of(index)
-        files = {part: _files_below(part, names) for part in parts}
-        small = [n for part in parts for n in files[part] if n.endswith(_SMALL)]
+        folder = _fetch(source, [INDEX])
+        # a push between two calls would mix two versions: all files are of this one's commit
+        commit = HubId(source.name, folder.name)
+        if info.sha != commit.revision:
+            info = HfApi().model_info(commit.name, revision=commit.revision)
+            names = sorted(file.rfilename for file in info.siblings or ())
+        index = read_index(folder)
+        files = {part: _files_below(part, names) for part in parts_of(index)}
+        small = [n for below in files.values() for n in below if n.endswith(_SMALL)]
         indices = [name for name in small if ".index." in Path(name).name]
-        folder = _fetch(source, [INDEX, *(name for name in small if name not in indices)])
-        weights = _weights(source, folder, files, variant, network)
+        _fetch(commit, [INDEX, *(name for name in small if name not in indices)])
+        needed = {part: below for part, below in files.items() if part not in replaced}
+        for part in needed:
+            _check_config(folder / part / "config.json", index[part])
+        weights = _weights(source, needed, variant)
         indices = [name for name in weights if name.endswith(".json")]
         if indices:
-            _fetch(source, indices)
-        for name in indices:
-            part = name.split("/")[0]
-            weights.remove(name)
-            weights += [
-                f"{part}/{shard}" for shard in shard_names(folder / name, _plain(files[part]))
-            ]
-        return _fetch(source, weights) if weights else folder
+            _fetch(commit, indices)
+        weights = _with_shards(folder, needed, weights)
+        return _fetch(commit, weights) if weights else folder
 
 
-def parts_of(index: Mapping[str, Any]) -> list[str]:
-    """Return the folders of the parts of a model_index.json that sfumato reads."""
-    family = families.by_pipeline(str(index.get("_class_name")))
-    autoencoder = "vae" if family is None else family.autoencoder_folder
-    listed = [
-        name
-        for name, entry in index.items()
-        if isinstance(entry, list) and entry and entry[-1] is not None
-    ]
-    read = (autoencoder, *NETWORKS, "scheduler", "low_res_scheduler", "conditioner")
-    return [name for name in listed if name in read or name.startswith((*_TEXTS, "tokenizer"))]
-
-
-def _weights(
-    source: HubId,
-    folder: Path,
-    files: Mapping[str, Sequence[str]],
-    variant: str | None,
-    network: bool,
-) -> list[str]:
-    """Choose the weights of each part, or the index of its shards; configs are checked."""
-    chosen: list[str] = []
-    variants: set[str] = set()
-    has_variant = False
-    for part, names in files.items():
-        if part == "conditioner":
-            chosen += [name for name in names if name.endswith(".safetensors")]
-        if part.startswith(_SETTINGS):
-            continue
-        texts = part.startswith(_TEXTS)
-        _check_config(folder / part / "config.json", texts)
-        if part in NETWORKS and not network:
-            continue
-        stem, pickled = (TEXT_STEM, TEXT_PICKLED) if texts else (STEM, None)
-        plain = _plain(names)
-        name = choose_weights(plain, stem, variant, pickled)
+def _weights(source: HubId, files: Mapping[str, Sequence[str]], variant: str | None) -> list[str]:
+    """Choose the weights of each part, or the index of its shards."""
+    chosen = [name for name in files.get("conditioner", ()) if name.endswith(".safetensors")]
+    parts = {k: _plain(names) for k, names in files.items() if not k.startswith(SETTINGS)}
+    for part, names in parts.items():
+        stem, pickled = stems_of(part)
+        name = choose_weights(names, stem, variant, pickled)
         if name is None:
-            raise no_weights(f"{source}, part {part},", plain, stem, variant)
-        variants |= set(variants_of(plain, stem))
-        has_variant |= f".{variant}" in name
+            raise no_weights(f"{source}, part {part},", names, stem, variant)
         chosen.append(f"{part}/{name}")
-    if variant is not None and not has_variant:
-        raise unknown_variant(source, variant, sorted(variants))
+    require_variant(source, parts, variant)
     return chosen
 
 
-def _check_config(path: Path, texts: bool) -> None:
-    """Raise `UserError` for a part that cannot be opened, before its weights are downloaded."""
-    if not path.exists():
+def _with_shards(
+    folder: Path, files: Mapping[str, Sequence[str]], weights: Sequence[str]
+) -> list[str]:
+    """Replace each index of shards among the weights by the shards, which it lists."""
+    names = [name for name in weights if not name.endswith(".json")]
+    for index in sorted({*weights} - {*names}):
+        part = index.split("/")[0]
+        names += [f"{part}/{shard}" for shard in shard_names(folder / index, _plain(files[part]))]
+    return names
+
+
+def _check_config(path: Path, entry: object) -> None:
+    """Raise `UserError` for a part that cannot be opened, before its weights are downloaded.
+
+    Args:
+        path: Its config.json.
+        entry: Its entry in model_index.json.
+    """
+    part = path.parent.name
+    if part.startswith(SETTINGS) or not path.exists():
         return  # the reader says so
     config = read_table(path)
     require_unquantized_config(config, path)
-    name = config.get("_class_name")
+    name = named_class(entry) or config.get("_class_name")
+    texts = stems_of(part)[0] == TEXT_STEM
     if not texts and isinstance(name, str) and class_of(name) is None:
         raise UserError(f"{path} is of class {name!r}, which sfumato does not have")
 
@@ -215,6 +203,36 @@ def _cached(source: HubId) -> Path | None:
     except Exception:  # the library raises several kinds, all of which mean that it is not there
         return None
     return Path(folder) if (Path(folder) / INDEX).exists() else None
+
+
+def _require_cached(
+    source: HubId, folder: Path, variant: str | None, replaced: Collection[str], error: Exception
+) -> None:
+    """Raise `UserError` for a snapshot of the cache that lacks files of the model.
+
+    Args:
+        source: The repository.
+        folder: The snapshot.
+        variant: As in `download`.
+        replaced: As in `download`.
+        error: Why the repository cannot be read.
+    """
+    names = [str(path.relative_to(folder)) for path in folder.glob("*/*")]
+    files = {part: _files_below(part, names) for part in parts_of(read_index(folder))}
+    needed = {part: below for part, below in files.items() if part not in replaced}
+    lacking = [f"{part}/" for part, below in files.items() if not below]
+    try:
+        if not lacking:
+            weights = _with_shards(folder, needed, _weights(source, needed, variant))
+            lacking = [name for name in weights if name not in names]
+        reason = f"it lacks {', '.join(lacking[:4])}"
+    except UserError as fault:
+        lacking, reason = [""], str(fault)
+    if lacking:
+        cause = _unreached(error) if _is_offline(error) else _cause(source, error)
+        raise UserError(
+            f"model {str(source)!r}: the cache holds only a part of it ({reason}), and {cause}"
+        ) from error
 
 
 # ---- errors --------------------------------------------------------------------------------------
@@ -259,6 +277,11 @@ def _explained(source: HubId) -> Iterator[None]:
         raise UserError(f"model {str(source)!r}: {_cause(source, error)}") from error
 
 
+def _unreached(error: Exception) -> str:
+    name = type(error).__name__
+    return f"the Hub cannot be reached ({name}); check the connection, or give a folder"
+
+
 def _cause(source: HubId, error: Exception) -> str:
     from huggingface_hub import constants
 
@@ -288,9 +311,6 @@ def _cause(source: HubId, error: Exception) -> str:
             "set HF_HOME to a folder that you may write to"
         )
     if _is_offline(error):
-        return (
-            "there is no such folder, it is not in the cache, and the Hub cannot be reached "
-            f"({type(error).__name__}); check the connection, or give a folder"
-        )
+        return f"there is no such folder, it is not in the cache, and {_unreached(error)}"
     reason = " ".join(str(error).split())[:200]
     return f"the download failed ({type(error).__name__}: {reason}); try again, or give a folder"

@@ -101,6 +101,14 @@ def choose_weights(
     return None
 
 
+def has_variant(
+    names: Collection[str], stem: str, variant: str, pickled: str | None = None
+) -> bool:
+    """Return True where a part has weights of a variant; arguments as of `choose_weights`."""
+    chosen = choose_weights(names, stem, variant, pickled)
+    return chosen != choose_weights(names, stem, None, pickled)
+
+
 def no_weights(
     folder: object, files: Sequence[str] | None, stem: str, variant: str | None = None
 ) -> UserError:

@@ -10,7 +10,7 @@ keys are an error that lists them.
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,13 @@ from sfumato.compress.base import Autoencoder
 from sfumato.errors import UserError, explained
 from sfumato.io.atomic import read_table, write_json
 from sfumato.io.key_marks import require_unquantized_config
-from sfumato.io.safetensors import find_weights, read_weights, unknown_variant, variants_of
+from sfumato.io.safetensors import (
+    find_weights,
+    has_variant,
+    read_weights,
+    unknown_variant,
+    variants_of,
+)
 from sfumato.predict.conditioners import (
     conditioner_class,
     text_conditioner_class,
@@ -44,8 +50,12 @@ log = logging.getLogger("sfumato")
 
 STEM, TEXT_STEM, TEXT_PICKLED = "diffusion_pytorch_model", "model", "pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"
+INDEX = "model_index.json"
 NETWORKS = ("unet", "transformer")
 """Names of the network in model_index.json."""
+SETTINGS = ("scheduler", "low_res_scheduler", "tokenizer", "conditioner")
+"""Beginnings of the names of parts without weights in a variant."""
+_TEXTS = ("text_encoder", "bert")
 UNUSED_FIELDS = frozenset(
     "decay min_decay optimization_step update_after_step use_ema_warmup inv_gamma power "
     "quantization_config".split()
@@ -53,7 +63,7 @@ UNUSED_FIELDS = frozenset(
 """Fields of configs that change nothing in a network.
 
 They are settings of a running average, which diffusers' `EMAModel.save_pretrained` adds, and of a
-quantisation that is none.
+quantisation: `read_component` refuses quantised weights, a file beside the folder may replace them.
 """
 _OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_LAYER = re.compile(rf"(.*\battentions\.\d+)\.({'|'.join(_OLD)})\.(weight|bias)")
@@ -79,16 +89,32 @@ def read_component(
         index: model_index.json, whose class for this part counts; None: the config's counts.
     """
     path = folder / "config.json"
-    config = {**(defaults or {}), **read_table(path)}
-    require_unquantized_config(config, path)
-    config = {field: value for field, value in config.items() if field not in UNUSED_FIELDS}
-    config = of_class(config, (index or {}).get(folder.name), path)
+    require_unquantized_config(read_table(path), path)
+    config = {**(defaults or {}), **read_config(path, (index or {}).get(folder.name))}
     text = "_class_name" not in config if text is None else text
     stem, pickled = (TEXT_STEM, TEXT_PICKLED) if text else (STEM, None)
     files = tuple(find_weights(folder, stem, variant, pickled))
     with explained(files[0] if len(files) == 1 else folder):
         tensors = from_tensors(modern(read_weights(files)))
     return Component(config, tensors, files, folder / "config.json")
+
+
+def read_config(path: Path, entry: object = None) -> dict[str, Any]:
+    """Read config.json of a part, without the fields that change nothing.
+
+    Args:
+        path: the file.
+        entry: the part's entry in model_index.json, whose class counts, see `of_class`.
+    """
+    config = {k: v for k, v in read_table(path).items() if k not in UNUSED_FIELDS}
+    return of_class(config, entry, path)
+
+
+def named_class(entry: object) -> str | None:
+    """Return the class of a part's entry in model_index.json; None where it decides none."""
+    if not isinstance(entry, list | tuple) or len(entry) != 2 or entry[0] != "diffusers":
+        return None
+    return entry[1] if isinstance(entry[1], str) else None
 
 
 def of_class(config: dict[str, Any], entry: object, path: Path) -> dict[str, Any]:
@@ -101,10 +127,8 @@ def of_class(config: dict[str, Any], entry: object, path: Path) -> dict[str, Any
         entry: [library, class] of model_index.json; anything else leaves the config as it is.
         path: the config's file, for the message.
     """
-    if not isinstance(entry, list | tuple) or len(entry) != 2 or entry[0] != "diffusers":
-        return config
-    named, own = entry[1], config.get("_class_name")
-    if not isinstance(named, str) or named == own:
+    named, own = named_class(entry), config.get("_class_name")
+    if named in (None, own):
         return config
     if own is not None:
         log.warning(
@@ -114,20 +138,70 @@ def of_class(config: dict[str, Any], entry: object, path: Path) -> dict[str, Any
     return {**config, "_class_name": named}
 
 
-def require_variant(folder: Path, variant: str | None) -> None:
-    """Raise `UserError` for a variant that no part of a model's folder has.
+def parts_of(index: Mapping[str, Any]) -> list[str]:
+    """Return the folders of the parts of a model_index.json that sfumato reads."""
+    family = families.by_index(index)
+    autoencoder = "vae" if family is None else family.autoencoder_folder
+    listed = [
+        name
+        for name, entry in index.items()
+        if isinstance(entry, list) and entry and entry[-1] is not None
+    ]
+    read = (autoencoder, *NETWORKS, "scheduler", "low_res_scheduler", "conditioner")
+    return [name for name in listed if name in read or name.startswith((*_TEXTS, "tokenizer"))]
+
+
+def replaced_parts(options: LoadOptions) -> set[str]:
+    """Return the folders of the parts whose weights are read from elsewhere."""
+    networks = () if options.transformer is None else NETWORKS
+    autoencoders = {family.autoencoder_folder for family in families.registered()}
+    return {*networks, *(() if options.vae is None else autoencoders)}
+
+
+def stems_of(part: str) -> tuple[str, str | None]:
+    """Return the beginnings of the names of a part's weights, and of pickled ones that differ."""
+    return (TEXT_STEM, TEXT_PICKLED) if part.startswith(_TEXTS) else (STEM, None)
+
+
+def require_variant(
+    where: object, files: Mapping[str, Collection[str]], variant: str | None
+) -> None:
+    """Raise `UserError` for a variant that no part of a model has.
 
     A part without it is read as it is, as by diffusers.
 
     Args:
-        folder: the model's folder.
+        where: the model, for the message.
+        files: the names of the files of each part whose weights are read.
         variant: such as "fp16"; None: none is asked for.
     """
-    names = [path.name for path in folder.glob("*/*")]
-    if variant is None or any(f".{variant}" in name for name in names):
+    stems = {part: stems_of(part) for part in files}
+    if variant is None or any(
+        has_variant(names, stems[part][0], variant, stems[part][1]) for part, names in files.items()
+    ):
         return
-    variants = {mark for stem in (STEM, TEXT_STEM) for mark in variants_of(names, stem)}
-    raise unknown_variant(folder, variant, sorted(variants))
+    variants = {
+        mark for part, names in files.items() for mark in variants_of(names, stems[part][0])
+    }
+    raise unknown_variant(where, variant, sorted(variants))
+
+
+def weight_files(
+    folder: Path, index: Mapping[str, Any], replaced: Collection[str] = ()
+) -> dict[str, list[str]]:
+    """Return the names of the files in the folder of each part whose weights are read.
+
+    Args:
+        folder: the model's folder.
+        index: its model_index.json.
+        replaced: parts whose weights are read from elsewhere.
+    """
+    parts = [part for part in parts_of(index) if not part.startswith(SETTINGS)]
+    return {
+        part: [path.name for path in (folder / part).glob("*")]
+        for part in parts
+        if part not in replaced
+    }
 
 
 def load_part(
@@ -219,7 +293,7 @@ def read_index(folder: str | Path) -> dict[str, Any]:
 
     A community pipeline's class is [file, class]: the file is code, which is not run.
     """
-    path = Path(folder) / "model_index.json"
+    path = Path(folder) / INDEX
     if not path.exists():
         raise UserError(
             f"{folder} is not a model folder: it has no model_index.json; "
@@ -262,16 +336,16 @@ def read(path: Path, name: str, options: LoadOptions) -> Checkpoint:
             f"{path}/model_index.json has is_cosxl_edit=true, a model whose image latents are "
             "scaled, which is not supported: use another InstructPix2Pix model"
         )
-    require_variant(path, options.variant)
+    require_variant(path, weight_files(path, index, replaced_parts(options)), options.variant)
     defaults = {} if family is None else dict(family.autoencoder_defaults)
     components = {"vae": _read_vae(path / vae, options, defaults, index)}
     if options.transformer is None:
         components[part] = read_component(path / part, options.variant, index=index)
     else:
-        components[part] = _override(path, part, options.transformer, options)
-    schedulers = {"scheduler": _read_scheduler(path / "scheduler", index)}
+        components[part] = _override(path, part, options.transformer, options, index)
+    schedulers = {"scheduler": read_scheduler_config(path / "scheduler", index)}
     if (path / "low_res_scheduler" / "scheduler_config.json").exists():
-        schedulers["low_res_scheduler"] = _read_scheduler(path / "low_res_scheduler", index)
+        schedulers["low_res_scheduler"] = read_scheduler_config(path / "low_res_scheduler", index)
     with explained(path / "model_index.json"):
         notes = index.get("_sfumato", {})
         model_name, run = str(notes.get("name", name)), dict(notes.get("defaults", {}))
@@ -289,7 +363,7 @@ def read(path: Path, name: str, options: LoadOptions) -> Checkpoint:
     )
 
 
-def _read_scheduler(folder: Path, index: dict[str, Any]) -> dict[str, Any]:
+def read_scheduler_config(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     """Read scheduler_config.json, of the class that model_index.json names."""
     path = folder / "scheduler_config.json"
     return of_class(read_table(path), index.get(folder.name), path)
@@ -301,11 +375,14 @@ def _read_vae(
     """Read the autoencoder, or its config alone where another one will replace it."""
     if options.vae is None:
         return read_component(folder, options.variant, defaults, index=index)
-    config = folder / "config.json"
-    return Component({**defaults, **(read_table(config) if config.exists() else {})}, {})
+    path = folder / "config.json"
+    config = read_config(path, index.get(folder.name)) if path.exists() else {}
+    return Component({**defaults, **config}, {})
 
 
-def _override(folder: Path, part: str, file: Path, options: LoadOptions) -> Component:
+def _override(
+    folder: Path, part: str, file: Path, options: LoadOptions, index: Mapping[str, Any]
+) -> Component:
     """Read the network of a single file, with the config of a model's folder.
 
     FLUX.1 and SD 3.5 are released so, and so are most of their quantised and further trained
@@ -316,6 +393,7 @@ def _override(folder: Path, part: str, file: Path, options: LoadOptions) -> Comp
         part: the network's folder in it, "unet" or "transformer".
         file: the file.
         options: how the model is opened.
+        index: model_index.json.
 
     Raises:
         UserError: a file without such a network, with another than the folder's, or that cannot be
@@ -323,7 +401,7 @@ def _override(folder: Path, part: str, file: Path, options: LoadOptions) -> Comp
     """
     if not file.is_file():
         raise UserError(
-            f"the transformer {file} was not found: expected a file with a diffusion transformer, "
+            f"the transformer {file} was not found: expected a file with the network of a model, "
             "such as a .safetensors or .gguf file"
         )
     place = folder / part / "config.json"
@@ -332,7 +410,7 @@ def _override(folder: Path, part: str, file: Path, options: LoadOptions) -> Comp
             f"{place} is missing: the network of {file} is read by the config of its model; "
             "give a folder that has it"
         )
-    config = read_table(place)
+    config = read_config(place, index.get(part))
     if part == "transformer" and families.by_network(config.get("_class_name")) is None:
         raise UserError(
             f"{place} is of class {config.get('_class_name')!r}, "
