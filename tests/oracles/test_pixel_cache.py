@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.data import images, open_images
-from sfumato.data.pixel_cache import PixelCache
+from sfumato.data import Transform, images, open_images, pixel_cache
+from sfumato.data.pixel_cache import PixelCache, PixelStore
 from sfumato.errors import UserError
 
 
-def fill(root: Path, count: int = 6, grey: int | None = None) -> Path:
+def fill(root: Path, count: int = 6, grey: int | None = None, seed: int = 0) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     for k in range(count):
-        pixels = np.random.default_rng(k).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        pixels = np.random.default_rng(seed + k).integers(0, 256, (12, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels[..., 0] if k == grey else pixels).save(root / f"{k}.png")
     return root
 
@@ -89,8 +89,6 @@ def test_content_is_the_key(tmp_path: Path, decoded: list[int]) -> None:
 def test_a_stopped_run_goes_on_behind_its_last_shard(
     tmp_path: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sfumato.data import pixel_cache
-
     monkeypatch.setattr(pixel_cache, "SHARD", 2 * 3 * 8 * 8)
     folder, cache = fill(tmp_path / "data"), PixelCache(tmp_path / "cache")
     (folder / "5.png").write_bytes(b"broken")
@@ -116,7 +114,8 @@ def test_the_size_is_bounded(
     folder, size = fill(tmp_path / "data"), 6 * 3 * 8 * 8
     small = PixelCache(tmp_path / "small", size - 1)
     lazy = open_images(folder, size=8, cache=small)
-    assert "originals are decoded at every step" in caplog.text and not small.place.exists()
+    assert "originals are decoded at every start, and at every step where" in caplog.text
+    assert not small.place.exists()
     assert "data.cache_size" in caplog.text
     decoded.clear()
     lazy.batch([0, 1])
@@ -138,5 +137,89 @@ def test_a_place_that_cannot_be_written_is_logged(
     folder = fill(tmp_path / "data")
     (tmp_path / "file").write_text("no folder")
     lazy = open_images(folder, size=8, cache=PixelCache(tmp_path / "file" / "cache"))
-    assert len(lazy) == 6 and "originals are decoded at every step" in caplog.text
+    assert len(lazy) == 6 and "originals are decoded at every start" in caplog.text
     assert lazy.batch([0])["image"].shape == (1, 3, 8, 8)
+
+
+SIDE, BYTES = 48, 6 * 3 * 48 * 48
+"""A side whose pixels outweigh the headers of the shards, and the bytes of six images."""
+
+
+@pytest.fixture
+def shards_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixel_cache, "SHARD", BYTES // 3)
+
+
+@pytest.mark.usefixtures("shards_of_two")
+def test_a_second_start_removes_no_shard_of_its_own_source(
+    tmp_path: Path, decoded: list[int]
+) -> None:
+    folder, cache = fill(tmp_path / "data"), PixelCache(tmp_path / "cache", BYTES * 3 // 2)
+    first = open_images(folder, size=SIDE, cache=cache)
+    files = sorted(cache.place.rglob("*.safetensors"))
+    decoded.clear()
+    again = open_images(folder, size=SIDE, cache=cache)
+    assert len(files) == 3 and sorted(cache.place.rglob("*.safetensors")) == files
+    assert torch.equal(again.batch(range(6))["image"], first.batch(range(6))["image"])
+    assert not decoded
+
+
+@pytest.mark.usefixtures("shards_of_two")
+def test_another_source_of_the_same_transform_makes_room(
+    tmp_path: Path, decoded: list[int]
+) -> None:
+    cache = PixelCache(tmp_path / "cache", BYTES * 3 // 2)
+    open_images(fill(tmp_path / "one"), size=SIDE, cache=cache)
+    two = fill(tmp_path / "two", seed=9)
+    open_images(two, size=SIDE, cache=cache)
+    assert sum(f.stat().st_size for f in cache.place.rglob("*.safetensors")) <= cache.limit
+    decoded.clear()
+    open_images(two, size=SIDE, cache=cache)
+    assert not decoded
+
+
+@pytest.mark.usefixtures("decoded")
+def test_shards_that_another_process_removes_are_still_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, cache = fill(tmp_path / "data"), PixelCache(tmp_path / "cache")
+    expected = open_images(folder, size=8, cache=cache).batch(range(6))["image"]
+    find = PixelStore.find
+
+    def find_and_remove(self: PixelStore, content: bytes) -> tuple[np.ndarray, np.ndarray] | None:
+        for path in cache.place.rglob("*.safetensors"):
+            path.unlink(missing_ok=True)
+        return find(self, content)
+
+    monkeypatch.setattr(PixelStore, "find", find_and_remove)
+    images = open_images(folder, size=8, cache=cache)
+    assert torch.equal(images.batch(range(6))["image"], expected)
+
+
+def test_a_cache_that_can_only_be_read_is_read(
+    tmp_path: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, cache = fill(tmp_path / "data"), PixelCache(tmp_path / "cache", BYTES * 3 // 2)
+    expected = open_images(folder, size=SIDE, cache=cache)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    decoded.clear()
+    images = open_images(folder, size=SIDE, cache=cache)
+    assert torch.equal(images.batch([5, 0])["image"], expected.batch([5, 0])["image"])
+    assert not decoded
+    other = open_images(fill(tmp_path / "other", seed=9), size=SIDE + 1, cache=cache)
+    assert len(other) == 6 and len(decoded) == 6
+
+
+@pytest.mark.usefixtures("decoded")
+def test_arrays_take_no_room_in_the_cache(tmp_path: Path) -> None:
+    cache = PixelCache(tmp_path / "cache", BYTES * 3 // 2)
+    open_images(fill(tmp_path / "data"), size=SIDE, cache=cache)
+    files = sorted(cache.place.rglob("*.safetensors"))
+    pixels = np.zeros((18, 12, 16), np.uint8)
+    images.build(images.Listing("array", pixels, str), Transform(SIDE), "raise", cache)
+    assert files and sorted(cache.place.rglob("*.safetensors")) == files

@@ -532,6 +532,8 @@ def _decode_all(
     room, keep, count, decoded = MEMORY_LIMIT, True, len(listing.images), 0
     # nothing to decode: handing a tiny array to a thread costs more than resizing it
     small = isinstance(listing.images, np.ndarray)
+    if small:  # pixels are no originals of a cache
+        store = None
     with ThreadPoolExecutor(_workers()) as pool:
         run = map if small else pool.map
         # a chunk at a time: decoded images must not pile up

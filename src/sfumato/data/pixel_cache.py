@@ -10,7 +10,8 @@ behind its last one, and are memory-mapped. The least recently used shards make 
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ SHARD = 64 << 20
 """Bytes of pixels in a file, about."""
 LIMIT = 20 * 10**9
 """Bytes of the whole cache, where no other limit is set."""
+_DECODED = (
+    "originals are decoded at every start, and at every step where memory cannot hold their pixels"
+)
 
 
 @dataclass(frozen=True)
@@ -118,11 +122,12 @@ class PixelStore:
             title: Name of the source.
         """
         self.reserved = True
-        if size > self.cache.limit or not self._make_room(size):
+        # shards that are open may hold images of the source that come later
+        if size > self.cache.limit or not self._make_room(size, self._shards):
             logger.warning(
-                "%s has %.1f GB of resized pixels, and the cache in %s holds %.1f GB: originals "
-                "are decoded at every step; give it more with data.cache_size",
-                title, size / 1e9, self.cache.place, self.cache.limit / 1e9,
+                "%s has %.1f GB of resized pixels, and the cache in %s holds %.1f GB: %s; training "
+                "gives it more with data.cache_size",
+                title, size / 1e9, self.cache.place, self.cache.limit / 1e9, _DECODED,
             )  # fmt: skip
             return
         self.writing = True
@@ -131,8 +136,13 @@ class PixelStore:
             title, self.folder, size / 1e9, self.cache.limit / 1e9,
         )  # fmt: skip
 
-    def _make_room(self, size: int) -> bool:
-        """Remove the shards that were used longest ago until `size` bytes fit."""
+    def _make_room(self, size: int, own: Collection[Path]) -> bool:
+        """Remove the shards that were used longest ago until `size` bytes fit.
+
+        Args:
+            size: Bytes of the source, those of the shards in `own` included.
+            own: Shards that stay.
+        """
         files: list[tuple[float, int, Path]] = []
         for path in self.cache.place.glob("*/*.safetensors"):
             try:
@@ -140,13 +150,13 @@ class PixelStore:
             except OSError:  # removed by another process
                 continue
             files.append((facts.st_mtime, facts.st_size, path))
-        own = sum(s for _, s, path in files if path in self._used)
-        total = sum(s for _, s, _ in files)
-        room = self.cache.limit - max(0, size - own)
-        for _, length, path in sorted(files):
+        kept = sum(s for _, s, path in files if path in own)
+        others = sorted(file for file in files if file[2] not in own)
+        total, room = sum(s for _, s, _ in others), max(0, self.cache.limit - max(size, kept))
+        for _, length, path in others:
             if total <= room:
                 break
-            if path not in self._used:
+            with suppress(OSError):  # a cache that can only be read
                 path.unlink(missing_ok=True)
                 total -= length
         return total <= room
@@ -161,12 +171,14 @@ class PixelStore:
             self._write(pixels.shape)
 
     def finish(self) -> None:
-        """Write what waits, and note which shards were used."""
+        """Write what waits, note which shards were used, and keep the limit."""
         for shape in [*self._waiting]:
             self._write(shape)
         for path in self._used:
-            if path.exists():
+            with suppress(OSError):  # removed by another process, or a cache that can only be read
                 os.utime(path)
+        if self.writing:  # open shards may have been another source's of the same transform
+            self._make_room(0, self._used)
 
     def _write(self, shape: tuple[int, ...]) -> None:
         group = self._waiting.pop(shape)
@@ -181,7 +193,7 @@ class PixelStore:
             write_tensors(path, tensors)
         except (NotWritten, OSError) as error:
             self.writing = False
-            logger.warning("%s; originals are decoded at every step", error)
+            logger.warning("%s; %s", error, _DECODED)
             return
         self._open(path)
         self._used.add(path)
@@ -191,24 +203,32 @@ class PixelStore:
         if any(content not in self._rows for content in contents):
             return None
         digests = np.stack([self._digests[content] for content in contents])
-        return MappedPixels([self._rows[c] for c in contents], shape, digests)
+        return MappedPixels([self._rows[c] for c in contents], shape, digests, self._shards)
 
 
 class MappedPixels:
-    """Pixels in memory-mapped shards: uint8 (N, c, H, W), where c = 1 also serves 3 channels."""
+    """Pixels in memory-mapped shards: uint8 (N, c, H, W), where c = 1 also serves 3 channels.
+
+    Args:
+        places: N places.
+        shape: (C, H, W) of every image.
+        digests: Of the originals, see `ImageSet.digests`.
+        shards: The pixels of each shard, mapped: a shard that another process removes stays.
+    """
 
     def __init__(
-        self, places: Sequence[_Place], shape: tuple[int, ...], digests: UInt8[np.ndarray, "N 32"]
+        self,
+        places: Sequence[_Place],
+        shape: tuple[int, ...],
+        digests: UInt8[np.ndarray, "N 32"],
+        shards: Mapping[Path, Tensor],
     ):
         paths = list(dict.fromkeys(place.path for place in places))
         number = {path: i for i, path in enumerate(paths)}
         self._paths, self.shape, self.digests = paths, shape, digests
         self._shard = np.array([number[place.path] for place in places])
         self._row = np.array([place.row for place in places])
-        self._open: dict[int, Tensor] = {}
-        # mapped now: a shard that another process removes stays
-        for i in range(len(paths)):
-            self._pixels(i)
+        self._open: dict[int, Tensor] = {i: shards[path] for i, path in enumerate(paths)}
 
     def __getstate__(self) -> dict[str, Any]:
         # another process maps the files itself instead of being sent their contents
