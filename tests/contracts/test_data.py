@@ -277,6 +277,20 @@ def test_idx_refuses(tmp_path: Path, how: str, says: str) -> None:
         open_images(tmp_path / "fashion")
 
 
+def test_files_beside_idx_files_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    idx_folder(tmp_path)
+    assert len(open_images(tmp_path)) == 12 and "left out" not in caplog.text
+    save(tmp_path / "sample.png", noise(4, 4))
+    (tmp_path / "readme.txt").write_text("text")
+    (tmp_path / "sums.md5").write_text("0")
+    (tmp_path / "t10k-images.gz").write_bytes(b"other")
+    open_images(tmp_path)
+    for words in ("left out 4 files", "images beside the IDX files 1", ".md5 1", ".gz 1"):
+        assert words in caplog.text
+
+
 def test_idx_unknown_split(tmp_path: Path) -> None:
     idx_folder(tmp_path)
     with pytest.raises(UserError, match=r"unknown split of .* 'test': expected one of train"):

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,12 @@ def test_a_layout_of_splits_counts_the_others(
     tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
     fill(tmp_path, "bus/1.png", "tram/2.png", "train/3.png", "4.png")
+    for name in ("bus/1.txt", "4.txt", "train/3.txt"):
+        (tmp_path / name).write_text("a caption")
     only = open_images(tmp_path, reading=Reading("splits"))
-    assert len(only) == 1 and only.labels is None
-    assert "left out 3 files" in log.text and "in bus/ (no split) 1" in log.text
+    assert len(only) == 1 and only.labels is None and only.captions == ["a caption"]
+    assert "left out 5 files" in log.text and "in bus/ (no split) 2" in log.text
+    assert "beside the splits (no split) 2" in log.text
 
 
 @pytest.mark.parametrize("names", [("Train", "Test"), ("training", "TESTING"), ("train", "val")])
@@ -200,6 +204,7 @@ def test_text_files_beside_images_are_captions(
     (tmp_path / "b.jpg.txt").write_text("größe")
     (tmp_path / "c.caption").write_text("sea")
     (tmp_path / "readme.txt").write_text("no caption")
+    (tmp_path / "a.txt").rename(tmp_path / "a.TXT")
     images = open_images(tmp_path)
     assert images.caption_choices == [("a cat", "a second line"), ("größe",), ("sea",)]
     assert "left out 1 file of" in log.text and ".txt 1" in log.text
@@ -212,6 +217,7 @@ def test_text_files_beside_images_are_captions(
     with pytest.raises(UserError, match=r"c\.png: it has no file of captions, which 2 other"):
         open_images(tmp_path)
     assert len(open_images(tmp_path, on_error="skip")) == 2
+    (tmp_path / "a.TXT").unlink()
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"a\.txt is not UTF-8"):
         open_images(tmp_path, on_error="skip")
@@ -281,6 +287,77 @@ def test_classes_of_metadata_and_of_folders_must_agree(tmp_path: Path) -> None:
     metadata.unlink()
     with pytest.raises(UserError, match=r"label_column=label: .* has no metadata"):
         open_images(tmp_path, reading=Reading(label_column="label"))
+
+
+def test_metadata_that_is_not_read_leaves_no_image_out(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path, "a.png", "b.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\ngone.png,y\n")
+    images = open_images(tmp_path, reading=Reading(caption_column="none"))
+    assert len(images) == 2 and images.captions is None
+    assert "left out 1 file of" in log.text and "metadata not read 1" in log.text
+
+
+@pytest.mark.parametrize(
+    ("values", "labels", "classes"),
+    [
+        (("10", "2.0"), [1, 0], ("2", "10")),
+        (("1.0", "-1"), [0, -1], ("1",)),
+        (("3", ""), [0, -1], ("3",)),
+        (("NaN", "0"), [-1, 0], ("0",)),
+        (("007", "7"), [0, 1], ("007", "7")),
+        (("1e", "-1"), [1, 0], ("-1", "1e")),
+        (("0.25", "1"), None, ("such as '0.25'",)),
+        (("-7", "1"), None, ("reaches -7",)),
+    ],
+)
+def test_numbers_in_a_csv_are_those_of_other_tables(
+    tmp_path: Path, values: tuple[str, str], labels: list[int] | None, classes: tuple[str, ...]
+) -> None:
+    fill(tmp_path, "a.png", "b.png")
+    lines = [f"{name}.png,{value}" for name, value in zip("ab", values, strict=True)]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+    if labels is None:
+        with pytest.raises(UserError, match=classes[0]):
+            open_images(tmp_path)
+        return
+    images = open_images(tmp_path)
+    assert images.labels is not None and images.labels.tolist() == labels
+    assert images.class_names == classes
+
+
+def test_a_missing_label_is_no_class(tmp_path: Path) -> None:
+    fill(tmp_path, "a.png", "b.png")
+    rows = [{"file_name": "a.png", "label": float("nan")}, {"file_name": "b.png", "label": 4.0}]
+    metadata = tmp_path / "metadata.jsonl"
+    metadata.write_text("\n".join(map(json.dumps, rows)))
+    assert names_of(open_images(tmp_path)) == ["", "4"]
+    rows = [{"file_name": "a.png", "label": k} for k in (0, 1.0)]
+    metadata.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"a\.png has rows of several classes, '0' and '1'"):
+        open_images(tmp_path)
+
+
+def test_messages_about_metadata_name_the_image_and_the_line(tmp_path: Path) -> None:
+    fill(tmp_path, "cat/a.png", "dog/b.png")
+    for name, file, value in (("cat", "a.png", '"x"'), ("dog", "b.png", "3")):
+        text = f'\n{{"file_name": "{file}", "text": {value}}}\n'
+        (tmp_path / name / "metadata.jsonl").write_text(text)
+    with pytest.raises(UserError, match=r"dog/b\.png has the caption '3' of type int"):
+        open_images(tmp_path)
+    place = tmp_path / "dog" / "metadata.jsonl"
+    place.write_text('\n{"file_name": "b.png", "text": "x"}\n{"file_name": b}\n')
+    with pytest.raises(UserError, match=r"dog/metadata\.jsonl cannot be read \(line 3: "):
+        open_images(tmp_path)
+
+
+def test_names_of_folders_and_of_a_column_agree_in_either_form(tmp_path: Path) -> None:
+    """macOS decomposes names of folders: "é" is then two characters."""
+    fill(tmp_path, "cafe\u0301/a.png", "dog/b.png")
+    text = "file_name,label\ncafe\u0301/a.png,caf\u00e9\ndog/b.png,dog\n"
+    (tmp_path / "metadata.csv").write_text(text, encoding="utf-8")
+    assert names_of(open_images(tmp_path)) == ["caf\u00e9", "dog"]
 
 
 # ---- columns -------------------------------------------------------------------------------------
@@ -361,6 +438,41 @@ def test_columns_of_a_table(tmp_path: Path, log: pytest.LogCaptureFixture) -> No
 
 
 @pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    ("name", "train"), [("pets", "pets-train"), ("pets-test", "pets-train"), ("train", "train")]
+)
+def test_the_remedy_for_a_missing_split_names_another_file(
+    tmp_path: Path, name: str, train: str
+) -> None:
+    place = write_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(UserError, match="unknown split") as error:
+        open_images(place, split="validation")
+    other = train.replace("train", "validation")
+    assert f"{other}.parquet" in str(error.value)
+    write_parquet(tmp_path / f"{train}.parquet")
+    write_parquet(tmp_path / f"{other}.parquet", count=1)
+    assert len(open_images(tmp_path / f"{train}.parquet", split="validation")) == 1
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_saved_dataset_keeps_validation_beside_val(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image()})
+    files = [save(tmp_path / f"{k}.png", k).read_bytes() for k in range(6)]
+    rows = [{"bytes": file, "path": None} for file in files]
+    whole = datasets.Dataset.from_dict({"image": rows}, features)
+    parts = {"train": range(3), "val": range(3, 5), "validation": range(5, 6)}
+    splits = datasets.DatasetDict({name: whole.select(part) for name, part in parts.items()})
+    splits.save_to_disk(tmp_path / "saved")
+    counts = {name: len(open_images(tmp_path / "saved", split=name)) for name in parts}
+    assert counts == {"train": 3, "val": 2, "validation": 1}
+    assert len(open_both(tmp_path / "saved")[1]) == 1 and "not used: val" in log.text
+
+
+@pytest.mark.usefixtures("cache")
 def test_a_parquet_replaced_by_one_of_equal_size_and_time_is_seen(tmp_path: Path) -> None:
     import os
 
@@ -414,6 +526,10 @@ def test_folders_of_parquet_files(tmp_path: Path, log: pytest.LogCaptureFixture)
         open_images(tmp_path)
     write_parquet(data / "train-b.parquet", count=0, text=[])
     assert open_images(tmp_path).captions == ["0a", "0b"] and "no rows 1" in log.text
+    (data / "readme.txt").write_text("no caption")
+    (data / "metadata.csv").write_text("file_name,text\na.png,x\n")
+    open_images(tmp_path)
+    assert "text files beside the tables 1, metadata beside the tables 1" in log.text
     fill(tmp_path, "assets/logo.png")
     with pytest.raises(UserError, match=r"3 parquet files .* and 1 image files"):
         open_images(tmp_path)
@@ -474,6 +590,13 @@ def test_nothing_is_held_out_where_it_would_empty_a_class(
     training, held_out = open_both(tmp_path)
     assert len(training) == 3 and training.class_names == ("a", "b", "c") and len(held_out) == 1
     assert "without emptying a class" in log.text
+    first = open_split(tmp_path)
+    record = Division.from_json(json.loads(json.dumps(first.division.to_json())))
+    again = open_split(tmp_path, division=record)
+    assert again.division == record == first.division and again.division.shared
+    assert again.training.fingerprint == training.fingerprint
+    assert again.held_out.fingerprint == held_out.fingerprint
+    assert "they were trained on too" in log.text
     save(tmp_path / "a" / "copy.bmp", 0)
     shutil.copy(tmp_path / "b" / "2.png", tmp_path / "b" / "again.png")
     training, _ = open_both(tmp_path, 0.5)
@@ -526,18 +649,57 @@ def test_a_division_finds_the_same_images_again(
     some = open_split(tmp_path / "moved", division=record, sample=2)
     assert len(some.held_out) == 2
     assert set(some.held_out.rows.tolist()) <= set(first.held_out.rows.tolist())
+    assert replace(again.division, source="p") == record
     (tmp_path / "moved" / "a" / "1.png").unlink()
-    open_split(tmp_path / "moved", division=record)
+    with pytest.raises(UserError, match=r"3\.png cannot be read"):
+        open_split(tmp_path / "moved", division=record)
     assert "is not what the model was trained on" in log.text
     with pytest.raises(UserError, match="record of its training images is damaged"):
         Division.from_json({"source": "x", "images": 3, "identity": "", "held_out": "a-b"})
 
 
+def test_the_settings_of_a_division_are_those_of_its_data_alone(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path / "p", "train/a/1.png", "train/b/2.png", "train/b/3.png", "extra/a/5.png")
+    reading = Reading("splits", label_column="none")
+    division = open_split(tmp_path / "p", 0.4, reading=reading).division
+    assert open_split(tmp_path / "p", division=division).division == division
+    fill(tmp_path / "q", "cat/1.png", "cat/2.png", "dog/3.png", "dog/4.png")
+    other = open_split(tmp_path / "q", division=division)
+    assert other.training.class_names == ("cat", "dog") and other.division.reading is None
+    assert other.division.share == 0.02 and "is not what the model was trained on" in log.text
+    mine = Reading(label_column="none")
+    (tmp_path / "q" / "metadata.csv").write_text(
+        "file_name,label\n" + "".join(f"{n},x\n" for n in ("cat/1.png", "cat/2.png"))
+    )
+    assert len(open_split(tmp_path / "q", division=division, reading=mine).training) == 3
+
+
+def test_a_share_beside_a_test_split_is_said_to_have_no_effect(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    from sfumato.train import DataSettings
+
+    fill(tmp_path, "train/1.png", "train/2.png", "test/3.png")
+    data = DataSettings(str(tmp_path), size=4)
+    division = data.split().division
+    open_split(tmp_path, division=division)
+    assert "no effect" not in log.text
+    DataSettings(str(tmp_path), size=4, held_out=0.4).split()
+    says = f"a held-out share of 0.4 has no effect: the split test of {tmp_path} is held out"
+    assert says in log.text
+    log.clear()
+    open_split(tmp_path, 0.4, division=division)
+    assert says in log.text
+    log.clear()
+    DataSettings(str(tmp_path), size=4, held_out=0.4, buckets=2).open_buckets()
+    assert says in log.text
+
+
 def test_a_model_keeps_its_division_and_evaluate_uses_it(
     tmp_path: Path, tiny: Path, log: pytest.LogCaptureFixture
 ) -> None:
-    from dataclasses import replace
-
     from sfumato import load
     from sfumato.cli.evaluate import Evaluate, _images
 

@@ -228,7 +228,7 @@ def _images(model: "LatentDiffusion", options: Evaluate) -> "tuple[ImageSet, Ima
         test=options.test_split,
         size=shape["height"],
         channels=shape["channels"],
-        reading=Reading(**{**((division and division.reading) or {}), **own}),
+        reading=Reading(**own),
         sample=options.limit,
         division=division,
     )

@@ -5,7 +5,10 @@ qualify, the setting `label_column` or `caption_column` decides.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from types import NoneType
 from typing import Any
 
 from sfumato.data.reading import NONE
@@ -15,6 +18,8 @@ CAPTIONS = ("text", "caption", "captions", "prompt", "description", "sentences",
 LABELS = ("label", "labels", "class", "class_name", "cls", "category", "target", "fine_label")
 MOST_CLASSES = 100_000
 """Integer labels above this are identifiers, not classes."""
+# leading zeros are a name's, as in 007
+_NUMBER = re.compile(r"[+-]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?|nan", re.I)
 
 Captions = tuple[str, ...]
 """All captions of one image, at least one; "" is none."""
@@ -69,7 +74,7 @@ def class_labels(
     Raises:
         UserError: For values that are no classes.
     """
-    cleaned = [_plain(v) for v in values]
+    cleaned = [label_value(v) for v in values]
     kinds = {type(v) for v in cleaned if v is not None}
     if not kinds:
         return None, ()
@@ -98,10 +103,7 @@ def class_labels(
     )
 
 
-NoneType = type(None)
-
-
-def _plain(value: Any) -> Any:
+def label_value(value: Any) -> Any:
     """A label as None, bool, int or str where it is one, else as it is."""
     if isinstance(value, float):
         if math.isnan(value):
@@ -112,23 +114,38 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def caption_choices(values: Sequence[Any], column: str, source: str) -> list[Captions]:
+def text_numbers(texts: Sequence[Any]) -> Sequence[Any]:
+    """The values of a column of text, as a .csv has: numbers where all that are not empty are."""
+    present = [t for t in map(label_value, texts) if t is not None]
+    if not all(isinstance(t, str) and _NUMBER.fullmatch(t) for t in present):
+        return texts
+    return [None if label_value(t) is None else float(t) for t in texts]
+
+
+def caption_choices(
+    values: Sequence[Any], column: str, place: Callable[[int], str]
+) -> list[Captions]:
     """The captions of each image, from texts or lists of texts; "" where there is none.
+
+    Args:
+        values: A text or a list of texts each.
+        column: Their name, for errors.
+        place: Index -> name of the value's image or row, for errors.
 
     Raises:
         UserError: For values that are no texts.
     """
-    return [_captions(value, row, column, source) for row, value in enumerate(values)]
+    return [_captions(value, column, partial(place, row)) for row, value in enumerate(values)]
 
 
-def _captions(value: Any, row: int, column: str, source: str) -> Captions:
+def _captions(value: Any, column: str, place: Callable[[], str]) -> Captions:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ("",)
     texts = value if isinstance(value, list | tuple) else [value]
     odd = next((t for t in texts if t is not None and not isinstance(t, str)), None)
     if odd is not None:
         raise UserError(
-            f"row {row} of {source} has the caption {quoted(str(odd))} of type "
+            f"{place()} has the caption {quoted(str(odd))} of type "
             f"{type(odd).__name__} in column {column}: expected text or a list of texts; "
             f"caption_column={NONE} ignores it"
         )

@@ -38,7 +38,7 @@ def fashion_mnist_folder() -> Path:
     if root := os.environ.get("SFUMATO_DATA"):
         folders.insert(0, Path(root) / "fashion-mnist")
     for folder in folders:
-        if has_idx(folder):
+        if splits_of_idx(folder):
             return folder
     raise UserError(
         "fashion-mnist is not on this machine: run `apt-get install dataset-fashion-mnist`, "
@@ -47,14 +47,16 @@ def fashion_mnist_folder() -> Path:
     )
 
 
-def has_idx(folder: Path) -> bool:
-    """True for a folder with IDX images of either split."""
-    return any(_find(folder, f"{prefix}-images", 3) for prefix in _PREFIX.values())
-
-
 def splits_of_idx(folder: Path) -> list[str]:
-    """The splits whose images a folder has."""
+    """The splits whose images a folder has; none where it has no IDX files."""
     return [s for s, prefix in _PREFIX.items() if _find(folder, f"{prefix}-images", 3)]
+
+
+def idx_files(folder: Path) -> list[Path]:
+    """The IDX files of images and labels that a folder has."""
+    kinds = (("images", 3), ("labels", 1))
+    every = (_find(folder, f"{p}-{kind}", axes) for p in _PREFIX.values() for kind, axes in kinds)
+    return [path for path in every if path is not None]
 
 
 def _find(folder: Path, stem: str, axes: int) -> Path | None:

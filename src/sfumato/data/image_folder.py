@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sfumato.data.columns import Captions, empty_note
 from sfumato.data.images import Listing
-from sfumato.data.metadata import Notes, file_key, read_notes
+from sfumato.data.metadata import Notes, composed, file_key, read_notes
 from sfumato.data.reading import Reading, Splits, canonical_split, is_split, listed
 from sfumato.data.scan import Tree
 from sfumato.errors import UserError
@@ -53,9 +53,12 @@ def folder_splits(tree: Tree, on_error: str, reading: Reading) -> Splits:
             f"{root} has {_slashes(folders)}, which may be splits, and {more}: give "
             "layout=splits to read the splits alone, or layout=classes if all are classes"
         )
-    for name in others:
-        place = f"in {name}/" if name else "beside the splits"
-        tree.left_out[f"{place} (no split)"] += len(groups[name])
+    for path in (*tree.images, *tree.sidecars, *tree.metadata):
+        name = _top(tree, path)
+        # each split reads metadata of the folder above it
+        if name not in folders and (name is not None or path not in tree.metadata):
+            place = f"in {name}/" if name else "beside the splits"
+            tree.left_out[f"{place} (no split)"] += 1
     named: dict[str, list[str]] = {}
     for name in folders:
         named.setdefault(canonical_split(name), []).append(name)
@@ -82,9 +85,14 @@ def _groups(tree: Tree) -> dict[str | None, list[Path]]:
     """The images of each subfolder of a tree's root; None: those directly in it."""
     groups: dict[str | None, list[Path]] = {}
     for path in tree.images:
-        parts = path.relative_to(tree.root).parts
-        groups.setdefault(parts[0] if len(parts) > 1 else None, []).append(path)
+        groups.setdefault(_top(tree, path), []).append(path)
     return groups
+
+
+def _top(tree: Tree, path: Path) -> str | None:
+    """The subfolder of a tree's root that a file lies in; None: directly in the root."""
+    parts = path.relative_to(tree.root).parts
+    return parts[0] if len(parts) > 1 else None
 
 
 def _listing(whole: Tree, root: Path, on_error: str, reading: Reading) -> Listing:
@@ -132,9 +140,8 @@ def _classes(
         shown = listed([*names])
         return by_folder, names, f"{len(names)} classes from subfolders ({shown})"
     labels = [notes.labels[f] for f in files]
-    if by_folder is not None and [names[k] for k in by_folder] != [
-        notes.class_names[k] if k >= 0 else None for k in labels
-    ]:
+    own = [composed(notes.class_names[k]) if k >= 0 else None for k in labels]
+    if by_folder is not None and [composed(names[k]) for k in by_folder] != own:
         raise UserError(
             f"{tree.root} has subfolders ({listed([*names])}) and a column of other classes: "
             "give layout=flat for the column, or label_column=none for the subfolders"

@@ -25,6 +25,8 @@ from sfumato.data.columns import (
     caption_choices,
     choose_column,
     class_labels,
+    label_value,
+    text_numbers,
     unique,
 )
 from sfumato.data.reading import NONE, SIDECAR, Reading, listed
@@ -58,10 +60,10 @@ class Notes:
 
 def file_key(name: str) -> str:
     """A relative path as it is compared: with "/", without ".", in Unicode's composed form."""
-    return _composed(os.path.normpath(name.replace("\\", "/")))
+    return composed(os.path.normpath(name.replace("\\", "/")))
 
 
-def _composed(name: str) -> str:
+def composed(name: str) -> str:
     """A name in Unicode's composed form: macOS decomposes names of files."""
     return unicodedata.normalize("NFC", name)
 
@@ -98,6 +100,8 @@ def read_notes(
     reason = "captions not read" if ignored else ""
     for path in [*stray, *(p for files in beside.values() for p in files if ignored)]:
         tree.left_out[reason or path.suffix.lower()] += 1
+    if rows is not None and rows.label is None and rows.caption is None:
+        tree.left_out["metadata not read"] += len(tree.metadata if outside else paths)
     _require(reading, tree, rows is not None, bool(beside))
     notes = Notes() if rows is None else rows.notes(tree)
     if ignored or not beside:
@@ -123,12 +127,15 @@ def _require(reading: Reading, tree: Tree, metadata: bool, sidecars: bool) -> No
 
 def _sidecars(tree: Tree) -> tuple[dict[Path, list[Path]], list[Path]]:
     """The text files of each image that has one, and those of no image."""
-    texts = {_composed(str(path)): path for path in tree.sidecars}
+    texts: dict[str, list[Path]] = {}
+    for path in tree.sidecars:
+        name = str(path.with_suffix(path.suffix.lower()))
+        texts.setdefault(composed(name), []).append(path)
     beside: dict[Path, list[Path]] = {}
     for image in tree.images:
         names = [f"{stem}{end}" for end in SIDECARS for stem in (image.with_suffix(""), image)]
-        keys = dict.fromkeys(map(_composed, names))
-        if files := [texts[key] for key in keys if key in texts]:
+        keys = dict.fromkeys(map(composed, names))
+        if files := [path for key in keys for path in texts.get(key, ())]:
             beside[image] = files
     used = {path for files in beside.values() for path in files}
     return beside, [path for path in tree.sidecars if path not in used]
@@ -189,6 +196,7 @@ class _Rows:
             names = " and ".join(p.name for p in paths if p.parent == double)
             raise UserError(f"{double} has {names}, two files of metadata: keep one of them")
         above = not paths[0].is_relative_to(tree.root)
+        texts: list[dict[str, Any]] = []
         images = {file_key(p.relative_to(tree.root).as_posix()): p for p in tree.images}
         rows: dict[Path, list[Mapping[str, Any]]] = {}
         owner: dict[Path, Path] = {}
@@ -196,6 +204,7 @@ class _Rows:
         columns: dict[str, None] = {}
         for path in paths:
             table, names = _read_rows(path, reading)
+            texts += table if path.suffix.lower() == ".csv" else []
             for row, name in zip(table, names, strict=True):
                 place = path.parent / name.replace("\\", "/")
                 key = file_key(os.path.relpath(place, tree.root))
@@ -213,8 +222,12 @@ class _Rows:
         if not rows and above:
             logger.warning("%s names no image of %s and is not read", paths[0], tree.root)
             return None
-        source, names = str(paths[0]), list(columns)
+        source, names = _title(paths), list(columns)
         label = choose_column("label", names, by_name(names, LABELS), reading.label_column, source)
+        if label is not None:
+            values = text_numbers([row.get(label) for row in texts])
+            for row, value in zip(texts, values, strict=True):
+                row[label] = value
         word = reading.caption_column
         caption = None
         if word != SIDECAR:
@@ -232,8 +245,10 @@ class _Rows:
         return cls(paths, rows, missing, label, caption)
 
     def notes(self, tree: Tree) -> Notes:
-        """Captions and classes by image."""
-        source = str(self.paths[0])
+        """Captions and classes by image; none where no column has them."""
+        if self.label is None and self.caption is None:
+            return Notes()
+        source = _title(self.paths)
         order = [image for image in tree.images if image in self.rows]
         problems = [(name, "metadata lists it but the file is missing") for name in self.missing]
         problems += [
@@ -248,8 +263,9 @@ class _Rows:
             labels = None if numbers is None else dict(zip(order, numbers, strict=True))
             origin.append(f"classes from column {self.label} of {source}")
         if self.caption is not None:
-            values = [_texts(row.get(self.caption)) for image in order for row in self.rows[image]]
-            choices = iter(caption_choices(values, self.caption, source))
+            pairs = [(image, row.get(self.caption)) for image in order for row in self.rows[image]]
+            values = [_texts(value) for _, value in pairs]
+            choices = iter(caption_choices(values, self.caption, lambda k: str(pairs[k][0])))
             captions = {
                 image: unique(text for _ in self.rows[image] for text in next(choices))
                 for image in order
@@ -258,19 +274,24 @@ class _Rows:
         return Notes(captions, labels, classes, "; ".join(origin), tuple(problems))
 
 
+def _title(paths: Sequence[Path]) -> str:
+    more = len(paths) - 1
+    return f"{paths[0]}{f' and {more} more' if more else ''}"
+
+
 def _texts(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
 def _one_label(image: Path, column: str, rows: Sequence[Mapping[str, Any]]) -> Any:
-    values = [row.get(column) for row in rows]
+    values = [v for row in rows if (v := label_value(row.get(column))) is not None]
     if any(value != values[0] for value in values):
         shown = " and ".join(repr(v) for v in dict.fromkeys(map(str, values)))
         raise UserError(f"{image} has rows of several classes, {shown}: expected one")
-    return values[0]
+    return values[0] if values else None
 
 
-def _read_rows(path: Path, reading: Reading) -> tuple[list[Mapping[str, Any]], list[str]]:
+def _read_rows(path: Path, reading: Reading) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows of a metadata file and the file name in each."""
     rows = _read_table(path)
     columns = list(dict.fromkeys(c for row in rows for c in row))
@@ -292,17 +313,18 @@ def _read_rows(path: Path, reading: Reading) -> tuple[list[Mapping[str, Any]], l
     return rows, files
 
 
-def _read_table(path: Path) -> list[Mapping[str, Any]]:
-    if path.suffix == ".parquet":
+def _read_table(path: Path) -> list[dict[str, Any]]:
+    kind = path.suffix.lower()
+    if kind == ".parquet":
         return _read_parquet(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".csv":
+        if kind == ".csv":
             # not splitlines: a quoted caption may hold a line break
             rows: list[Any] = list(csv.DictReader(io.StringIO(text)))
         else:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+            rows = _json_lines(text)
+    except (UnicodeDecodeError, ValueError, csv.Error) as error:
         raise UserError(f"{path} cannot be read ({error}): {_EXPECTED}") from error
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
@@ -315,7 +337,17 @@ def _read_table(path: Path) -> list[Mapping[str, Any]]:
     return rows
 
 
-def _read_parquet(path: Path) -> list[Mapping[str, Any]]:
+def _json_lines(text: str) -> list[Any]:
+    rows: list[Any] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}: {error.msg} at character {error.pos + 1}") from error
+    return rows
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import read_table

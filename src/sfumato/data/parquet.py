@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -181,10 +182,10 @@ def hub_splits(name: str, reading: Reading, split: str | None = None) -> Splits:
 def _splits_of(data: Any, name: str, title: str, reading: Reading) -> Splits:
     if not isinstance(data, dict):  # DatasetDict is one
         data = {"train": data}
-    return {
-        canonical_split(str(split)): partial(_list, part, name, title, reading)
-        for split, part in data.items()
-    }
+    common = Counter(canonical_split(str(split)) for split in data)
+    # "val" beside "validation": each keeps its own name
+    names = {s: c if common[c := canonical_split(str(s))] == 1 else str(s) for s in data}
+    return {names[s]: partial(_list, part, name, title, reading) for s, part in data.items()}
 
 
 def _read_parquet(paths: Sequence[Path]) -> tuple[Any, str]:
@@ -298,7 +299,8 @@ def _list(data: Any, name: str, source: str, reading: Reading, identity: str = "
         classes = tuple(features[label].names)
     elif label is not None:
         labels, classes = class_labels(list(data[label]), label, source)
-    captions = None if text is None else caption_choices(list(data[text]), text, source)
+    row_name = partial("row {1} of {0}".format, source)
+    captions = None if text is None else caption_choices(list(data[text]), text, row_name)
     rest = [c for c in others if c not in (label, text)]
     words = empty_note(captions)
     logger.info(
@@ -311,7 +313,6 @@ def _list(data: Any, name: str, source: str, reading: Reading, identity: str = "
         "".join(f"; {note}" for note in (rest and f"not read: {listed(rest)}", words) if note),
     )
     rows = Rows(data.select_columns([column]), column)
-    row_name = partial("row {1} of {0}".format, source)
     return Listing(name, rows, row_name, labels, classes, captions, identity=identity)
 
 

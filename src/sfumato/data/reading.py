@@ -8,7 +8,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from sfumato.data.images import Listing
@@ -58,6 +58,11 @@ class Reading:
 
     def __post_init__(self) -> None:
         one_of("layout", self.layout, LAYOUTS)
+
+    @property
+    def values(self) -> dict[str, str]:
+        """The settings that decide something."""
+        return {k: v for k, v in asdict(self).items() if v not in (None, "auto")}
 
 
 def canonical_split(name: str) -> str:

@@ -71,6 +71,13 @@ class Tree:
             [f for f in inside(self.folders) if f != folder],
         )
 
+    def leave_out(self, place: str, tables: bool = False) -> None:
+        """Count the images, text files and metadata as left out, such as "beside the tables"."""
+        kinds = {"images": self.images, "text files": self.sidecars, "metadata": self.metadata}
+        for name, paths in {**kinds, "tables": self.tables if tables else []}.items():
+            self.left_out[f"{name} {place}"] += len(paths)
+        self.left_out = +self.left_out
+
     def report(self) -> None:
         """Log in one line the files that are left out, with their reasons."""
         if not (total := self.left_out.total()):
@@ -131,7 +138,12 @@ def _add(tree: Tree, path: Path) -> None:
     elif suffix in SUFFIXES or (suffix not in _NEVER and name[-1] != "~" and _is_image(path)):
         tree.images.append(path)
     else:
-        tree.left_out[suffix or "without an ending"] += 1
+        tree.left_out[ending(path)] += 1
+
+
+def ending(path: Path) -> str:
+    """The ending of a file's name in lower case, or a word that it has none."""
+    return path.suffix.lower() or "without an ending"
 
 
 def _is_image(path: Path) -> bool:

@@ -17,8 +17,8 @@ from sfumato.data import idx, parquet
 from sfumato.data.image_folder import folder_splits
 from sfumato.data.images import ImageSet, Listing, OnError, build, from_array
 from sfumato.data.pixel_cache import CACHE, PixelCache
-from sfumato.data.reading import Reading, Splits, canonical_split
-from sfumato.data.scan import scan
+from sfumato.data.reading import Reading, Splits, canonical_split, splits_in
+from sfumato.data.scan import ending, scan
 from sfumato.data.transform import Transform
 from sfumato.errors import UserError, unknown
 from sfumato.io.paths import expand_user
@@ -126,8 +126,13 @@ def listing_of(splits: Splits, split: str, source: str | Path) -> Listing:
     if name not in splits:
         hint = ""
         if str(source).lower().endswith(".parquet"):
-            sibling = Path(source).name.replace("train", split)
-            hint = f"; a file beside it that is named as the split is one ({sibling})"
+            path = Path(source)
+            words, pattern = splits_in(path.stem)
+            pattern = f"{pattern}{path.suffix}" if words else f"{path.stem}-*{path.suffix}"
+            train, other = (pattern.replace("*", word) for word in ("train", split))
+            hint = f"; name the files {train} and {other}, and open the first"
+            if words == {"train"}:
+                hint = f"; a file beside it that is named as the split is one ({other})"
         raise UserError(f"{unknown(f'split of {source}', split, splits)}{hint}")
     return splits[name]()
 
@@ -166,9 +171,11 @@ def splits_of(
                 "expected a .parquet file, or the folder that holds the images"
             )
         return parquet.parquet_splits(path, reading)
-    if idx.has_idx(path):
-        if images := len(scan(path).images):
-            logger.warning("left out %d image files of %s: its IDX files are read", images, path)
+    if idx.splits_of_idx(path):
+        others = scan(path)
+        others.left_out.subtract(ending(file) for file in idx.idx_files(path))
+        others.leave_out("beside the IDX files", tables=True)
+        others.report()
         return _idx_splits(path, path.resolve().name)
     if parquet.is_saved(path):
         return parquet.saved_splits(path, reading)
@@ -176,15 +183,14 @@ def splits_of(
     direct = [p for p in tree.tables if p.parent == path]
     if direct and len(direct) < len(tree.tables):
         tree.left_out["tables in subfolders"] += len(tree.tables) - len(direct)
-    if direct and tree.images:
-        tree.left_out["images beside the tables"] += len(tree.images)
-    elif tree.tables and tree.images:
+    if tree.tables and tree.images and not direct:
         raise UserError(
             f"{name} has {len(tree.tables)} parquet files ({tree.tables[0].name} ...) and "
             f"{len(tree.images)} image files: open a .parquet file, or the subfolder with the "
             "files that you mean"
         )
     if tree.tables:
+        tree.leave_out("beside the tables")
         tree.report()
         return parquet.table_splits(path, direct or tree.tables, reading)
     return folder_splits(tree, on_error, reading)

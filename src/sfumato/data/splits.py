@@ -7,6 +7,7 @@ image. A `Division` is what a model keeps of it, so that `sfumato evaluate` find
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
@@ -49,6 +50,7 @@ class Division:
         on_error: Treatment of broken images.
         reading: The settings of `Reading` that were set.
         held_out: Indices of the share in the source, such as "3,17,40-42".
+        shared: The held-out images were trained on too: none could be held out.
     """
 
     source: str
@@ -61,10 +63,11 @@ class Division:
     on_error: OnError = "raise"
     reading: Mapping[str, Any] | None = None
     held_out: str = ""
+    shared: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """JSON of the fields that are set."""
-        return {k: v for k, v in asdict(self).items() if v not in (None, "", {})}
+        return {k: v for k, v in asdict(self).items() if v not in (None, "", {}, False)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -128,15 +131,15 @@ def open_split(
         sample: At most so many images of each set. No other image is decoded, so that a broken one
             among them does not matter; copies are compared among these.
         division: An earlier division. Where the source is the same, it decides all settings that
-            are None, and its held-out images are held out.
+            are None, those of `reading` too, and its held-out images are held out. Of another
+            source it decides nothing.
         cache: See `open_images`.
 
     Raises:
         UserError: For everything that is wrong with the source.
     """
-    on_error = on_error or (division.on_error if division else "raise")
     opened = _Opened.of(source, share, train, test, on_error, limit, reading, division)
-    share = opened.share
+    share, on_error = opened.share, opened.settings.on_error
     flipped, plain = (Transform(size, channels, flip=f) for f in (flip, False))
     sample = check_limit(sample)
     with readable(source):
@@ -167,7 +170,8 @@ def open_split(
         source, len(training), len(held_out), opened.origin,
     )  # fmt: skip
     rows = "" if opened.test is not None or sample is not None else ranges(held_out.rows.tolist())
-    return Split(training, held_out, opened.division(on_error, rows))
+    shared = bool(rows) and not {*training.rows.tolist()}.isdisjoint(held_out.rows.tolist())
+    return Split(training, held_out, opened.division(rows, shared))
 
 
 def open_both(
@@ -180,7 +184,7 @@ def open_both(
 
 def open_training_buckets(
     source: str | Path,
-    share: float = SHARE,
+    share: float | None = None,
     *,
     side: int,
     step: int,
@@ -210,7 +214,7 @@ def open_training_buckets(
     share = opened.share
     with readable(source):
         images = buckets_of(opened.training, side, step, channels, on_error, cache=cache)
-    held = ""
+    held, shared = "", False
     if opened.test is None:
         rows = torch.cat([s.rows for s in images.sets])
         order = rows.argsort()
@@ -218,13 +222,28 @@ def open_training_buckets(
         digests = np.concatenate([s.digests for s in images.sets])[order.numpy()]
         kept, held_out = divide(len(images), share, labels, digests)
         held = ranges(rows[order][held_out].tolist())
+        shared = len(kept) + len(held_out) > len(images)
         images = images.subset(order[kept].sort().values)
     if images.labels is not None:
         classes, names = _present(images.labels, images.class_names)
         sets = [s.relabel(classes, names) for s in images.sets]
         images = BucketedImages(sets, images.places, images.skipped)
     logger.info("%s: %d training images (%s)", source, len(images), opened.origin)
-    return images, opened.division(on_error, held)
+    return images, opened.division(held, shared)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Settings that decide the images of the training split."""
+
+    train: str
+    on_error: OnError
+    reading: Reading
+
+    def listing(self, source: str | Path) -> tuple[Splits, Listing]:
+        """The splits of a source, and the listing of the training split."""
+        splits = splits_of(source, self.on_error, self.reading, self.train)
+        return splits, listing_of(splits, self.train, source)
 
 
 @dataclass(frozen=True)
@@ -237,9 +256,11 @@ class _Opened:
     names: tuple[str, str | None]
     share: float
     limit: int | None
-    reading: Reading
+    settings: _Settings
     held_out: Sequence[int] | None
     """Rows of the source that an earlier division holds out."""
+    shared: bool
+    """They were trained on too."""
 
     @classmethod
     def of(
@@ -248,37 +269,42 @@ class _Opened:
         share: float | None,
         train: str | None,
         test: str | None,
-        on_error: OnError,
+        on_error: OnError | None,
         limit: int | None,
         reading: Reading | None,
         division: Division | None,
     ) -> "_Opened":
-        train = train or (division.train if division else "train")
-        reading = reading or Reading(**((division and division.reading) or {}))
         number_in("held-out share", SHARE if share is None else share, above=0, below=1)
         check_limit(limit)
-        rows = None
+        rows, shared, own_share = None, False, share
         with readable(source):
-            splits = splits_of(source, on_error, reading, train)
-            whole = listing_of(splits, train, source)
+            settings, splits, whole = _training(source, train, on_error, reading, division)
             if division is not None and division.identity == _identity(whole):
                 limit = division.limit if limit is None else limit
                 if test is None and share is None:
-                    test = division.test
-                    rows = None if test else numbers(division.held_out)
+                    test, share, shared = division.test, division.share, division.shared
+                    if test is None and division.held_out:
+                        rows = numbers(division.held_out)
             elif division is not None:
                 logger.warning(
                     "%s is not what the model was trained on (%s, %d images): images that it was "
                     "trained on may be among the held-out ones",
                     source, division.source, division.images,
                 )  # fmt: skip
+            train = settings.train
             name = _test_name(splits, train) if rows is None and test is None else test
             used = {canonical_split(train), train, name, canonical_split(name or "")}
             if unused := [s for s in splits if s not in used]:
                 logger.warning("splits of %s that are not used: %s", source, listed(unused))
             listing = None if name is None else listing_of(splits, name, source)
+        if own_share is not None and name is not None:
+            logger.warning(
+                "a held-out share of %g has no effect: the split %s of %s is held out",
+                own_share, name, source,
+            )  # fmt: skip
         part = whole.spread(limit)
-        return cls(whole, part, listing, (train, name), share or SHARE, limit, reading, rows)
+        names = train, name
+        return cls(whole, part, listing, names, share or SHARE, limit, settings, rows, shared)
 
     def rows(self) -> tuple[Sequence[int], Sequence[int]]:
         """Indices of training and held-out images in `training`, without decoding any."""
@@ -291,7 +317,7 @@ class _Opened:
         own = range(count) if self.training.rows is None else self.training.rows
         held_out = set(self.held_out)
         held = [i for i, row in enumerate(own) if row in held_out]
-        kept = [i for i, row in enumerate(own) if row not in held_out]
+        kept = [i for i, row in enumerate(own) if self.shared or row not in held_out]
         return kept or held, held or kept
 
     @property
@@ -299,18 +325,43 @@ class _Opened:
         """The choice of the held-out images, for the log."""
         if self.names[1] is not None:
             return f"the split {self.names[1]}"
+        if self.shared:
+            return "they were trained on too: none could be held out without emptying a class"
         if self.held_out is not None:
             return "those that the model's training held out"
         return f"no test split: a share of {self.share:g}, the same in every run"
 
-    def division(self, on_error: OnError, rows: str) -> Division:
+    def division(self, rows: str, shared: bool) -> Division:
         """The record of the division."""
-        values = {k: v for k, v in asdict(self.reading).items() if v not in (None, "auto")}
         train, test = self.names
         return Division(
-            self.whole.name, len(self.whole.images), _identity(self.whole), train, test,
-            self.share, self.limit, on_error, values or None, rows,
+            self.whole.name, len(self.whole.images), _identity(self.whole), train, test, self.share,
+            self.limit, self.settings.on_error, self.settings.reading.values or None, rows, shared,
         )  # fmt: skip
+
+
+def _training(
+    source: str | Path,
+    train: str | None,
+    on_error: OnError | None,
+    reading: Reading | None,
+    division: Division | None,
+) -> tuple[_Settings, Splits, Listing]:
+    """The training split, by an earlier division's settings where it is the same data."""
+    settings = _Settings(train or "train", on_error or "raise", reading or Reading())
+    if division is not None:
+        values = {**(division.reading or {}), **settings.reading.values}
+        earlier = _Settings(
+            train or division.train, on_error or division.on_error, Reading(**values)
+        )
+        if earlier == settings:
+            return settings, *settings.listing(source)
+        # other data may have no such split or column
+        with suppress(UserError):
+            splits, whole = earlier.listing(source)
+            if division.identity == _identity(whole):
+                return earlier, splits, whole
+    return settings, *settings.listing(source)
 
 
 def _test_name(splits: Splits, train: str) -> str | None:
@@ -349,7 +400,9 @@ def divide(
     if digests is not None:
         copies = np.unique(digests, axis=0, return_inverse=True)[1].reshape(-1)
     sizes = np.bincount(copies, minlength=1)
-    members = {k: np.flatnonzero(copies == k) for k in np.flatnonzero(sizes > 1).tolist()}
+    by_copy, ends = np.argsort(copies, kind="stable"), np.cumsum(sizes)
+    several = np.flatnonzero(sizes > 1).tolist()
+    members = {k: by_copy[ends[k] - sizes[k] : ends[k]] for k in several}
 
     def fits(group: np.ndarray) -> bool:
         taken = np.bincount(kinds[group] + 1, minlength=len(left))
