@@ -111,6 +111,7 @@ def test_no_number_of_a_network_is_unforeseen(config: Any, name: str) -> None:
         (DataSettings(), "channels", 2),
         (DataSettings(), "held_out", 1.0),
         (DataSettings(), "limit", 0),
+        (DataSettings(), "cache_size", "20"),
         (DenoiserRecipe(), "loop", LoopSettings),
         (DenoiserRecipe(), "text", 3),
     ],

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import random
+import shutil
 import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -499,8 +500,11 @@ def test_opening_encoding_and_sampling_report_their_progress(
 def test_a_model_is_made_of_an_unfinished_run(
     stages: DenoiserRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The averaged weights of the newest checkpoint, without data or recipe."""
-    stages.run(tmp_path / "run")
+    """The averaged weights of the newest checkpoint, without data or recipe; the run was moved."""
+    vae = tmp_path / "old" / "autoencoder" / "vae"
+    shutil.copytree(str(stages.autoencoder), vae)
+    replace(stages, autoencoder=None).run(tmp_path / "old")
+    (tmp_path / "old").rename(tmp_path / "run")
     finished = sfumato.load(tmp_path / "run" / "model")
     average = read_tensors(tmp_path / "run/denoiser/checkpoints/step-00000001/average.safetensors")
     assert main(["train", "export", str(tmp_path / "run")]) == 0
@@ -521,11 +525,16 @@ def test_a_model_is_made_of_an_unfinished_run(
     for run, words in ((tmp_path, "no denoiser's run"), (tmp_path / "no", "is not a folder")):
         assert main(["train", "export", str(run)]) == 2
         assert words in capsys.readouterr().err
+    (tmp_path / "run" / "autoencoder" / "vae").rename(tmp_path / "vae")
+    assert main(["train", "export", str(tmp_path / "run")]) == 2
+    assert "run/autoencoder/vae, which is no longer there" in capsys.readouterr().err
     samples = PIL.open(tmp_path / "run/denoiser/samples/samples-00000002.png")
     assert samples.width < 5 * 20  # three images of 16 pixels in a row
 
 
-def test_a_run_begins_with_the_weights_of_a_model(stages: DenoiserRecipe, tmp_path: Path) -> None:
+def test_a_run_begins_with_the_weights_of_a_model(
+    stages: DenoiserRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One more class, in other order: old rows are kept by name, the new one is the empty prompt's.
 
     A learning rate of almost 0 leaves the weights where they began.
@@ -540,10 +549,11 @@ def test_a_run_begins_with_the_weights_of_a_model(stages: DenoiserRecipe, tmp_pa
     recipe = replace(
         stages,
         data=replace(stages.data, source=str(more)),
-        init=str(tmp_path / "first" / "model"),
+        init="first/model",
         schedule="cosine",
         loop=replace(stages.loop, lr=1e-30, weight_decay=0.0),
     )
+    monkeypatch.chdir(tmp_path)
     model = sfumato.load(recipe.run(tmp_path / "second"))
     assert model.class_names == ("bag", "coat", "apron")
     assert model.denoiser.process.schedule.kind == first.denoiser.process.schedule.kind
@@ -557,6 +567,7 @@ def test_a_run_begins_with_the_weights_of_a_model(stages: DenoiserRecipe, tmp_pa
     assert record["init"] == {"model": recipe.init, "hash": first.hash}
     with pytest.raises(UserError, match=r"hash|init|network"):
         replace(recipe, init=None, schedule="flow").run(tmp_path / "second")
+    monkeypatch.chdir(more)
     exported = sfumato.load(export_model(tmp_path / "second"))
     assert exported.hash == model.hash
 

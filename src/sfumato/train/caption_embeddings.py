@@ -1,6 +1,7 @@
 """Captions as conditions of training, encoded once before the first step."""
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sfumato.checkpoints.formats.folder import read_index
+from sfumato.data import BucketedImages, ImageSet
 from sfumato.errors import UserError
 from sfumato.io.atomic import hash_json, hash_tensors, read_tensors, write_tensors
 from sfumato.io.paths import expand_user
@@ -108,6 +110,21 @@ class Captions:
     def identity(self) -> dict[str, Any]:
         """JSON of everything that decides these conditionings."""
         return self._identity
+
+
+def captions_of(
+    images: ImageSet | BucketedImages, conditioner: Conditioner, cache: Path
+) -> tuple[Captions, list[str | None]]:
+    """The conditions of images with captions, and the most frequent captions, to show.
+
+    Args:
+        images: The images, each with a caption.
+        conditioner: See `Captions`.
+        cache: See `Captions`.
+    """
+    texts = images.captions or []
+    common = [caption for caption, _ in Counter(texts).most_common(10)]
+    return Captions(conditioner, images.caption_choices or texts, cache=cache), [*common]
 
 
 def _encode(

@@ -6,7 +6,6 @@ of the empty prompt.
 """
 
 import copy
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +16,20 @@ import torch
 from sfumato.compress.kl import AutoencoderKL
 from sfumato.data import BucketedImages, ImageSet
 from sfumato.errors import UserError
-from sfumato.loading import load
+from sfumato.io.paths import expand_user
+from sfumato.loading import bundled, load
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.base import ClassConditioner, Conditioner
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.networks.base import Network, build
-from sfumato.train.caption_embeddings import Captions
+from sfumato.train.caption_embeddings import Captions, captions_of
 from sfumato.train.parts import open_autoencoder
+
+
+def fixed_source(source: str) -> str:
+    """The source of a model for another working folder: paths absolute, names as they are."""
+    path = expand_user(source)
+    return str(path.absolute()) if path.exists() and source not in bundled() else source
 
 
 def initial_autoencoder(source: str) -> AutoencoderKL:
@@ -73,9 +79,7 @@ def initial_conditions(
                 f"{images.name} has no captions, and the model of init is conditioned on text: "
                 "expected a column or file of captions"
             )
-        captions = Captions(conditioner, images.caption_choices or images.captions, cache=cache)
-        common = [caption for caption, _ in Counter(images.captions).most_common(10)]
-        return conditioner, captions, [*common], {}
+        return conditioner, *captions_of(images, conditioner, cache), {}
     if not isinstance(conditioner, ClassConditioner):
         raise UserError(
             f"init: a {type(conditioner).__name__} has no classes and no text encoder to train on"

@@ -5,6 +5,8 @@ without the recipe and without the data:
 
     parts     autoencoder, process, conditioner, defaults, name
     source    {"autoencoder": folder or model, "conditioner": config, text folder or model, ...}
+
+A path in the run's folder is relative to it, so that the run can be moved.
 """
 
 from collections.abc import Mapping
@@ -120,7 +122,7 @@ def export_model(run: str | Path, out: str | Path | None = None, overwrite: bool
             f"{stage / 'run.json'} describes no model: expected the run of a denoiser, "
             f"such as {stage.parent / 'denoiser'}"
         )
-    parts = parts_from(source)
+    parts = parts_from(source, stage.parent)
     config = dict(source["network"])
     network = build(registered()[config["_class_name"]][1].from_dict(config))
     step = checkpoint.load_average(stage / "checkpoints", network)
@@ -138,15 +140,25 @@ def _free(place: Path, overwrite: bool) -> Path:
     return place
 
 
-def parts_from(source: Mapping[str, Any]) -> Parts:
+def parts_from(source: Mapping[str, Any], run: Path) -> Parts:
     """Open the parts that run.json describes.
+
+    Args:
+        source: The description.
+        run: Folder of the run, to which its own paths are relative.
 
     Raises:
         UserError: For files that are no longer there.
     """
     model = load(source["init"]) if source.get("init") else None
     if model is None:
-        autoencoder = open_autoencoder(Path(source["autoencoder"]))
+        folder = run / source["autoencoder"]
+        if not folder.is_dir():
+            raise UserError(
+                f"the run in {run} was trained with the autoencoder {folder}, "
+                "which is no longer there: move it back"
+            )
+        autoencoder = open_autoencoder(folder)
         process = Process(
             schedule(source["schedule"]), parameterization(source["parameterization"])
         )

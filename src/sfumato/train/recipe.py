@@ -7,7 +7,6 @@ finished model folder.
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -55,7 +54,7 @@ from sfumato.predict.networks.base import Network, NetworkConfig, build, network
 from sfumato.predict.networks.unet import UNetConfig
 from sfumato.sampling import Defaults, Request
 from sfumato.train.bars import Bars
-from sfumato.train.caption_embeddings import Captions, open_text_conditioner
+from sfumato.train.caption_embeddings import Captions, captions_of, open_text_conditioner
 from sfumato.train.checks import (
     built,
     check_autoencoder,
@@ -66,6 +65,7 @@ from sfumato.train.checks import (
 )
 from sfumato.train.history import to_json
 from sfumato.train.initial import (
+    fixed_source,
     initial_autoencoder,
     initial_conditions,
     initial_network,
@@ -126,6 +126,7 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        parse_size(self.cache_size, "data.cache_size")
         if not self.source.strip():
             raise UserError("data.source is empty: expected a folder, a file or the name of a set")
         for name in ("size", "buckets"):
@@ -148,7 +149,11 @@ class DataSettings:
         if self.cache == "off":
             return None
         folder = None if self.cache is None else Path(self.cache)
-        return PixelCache(folder, parse_size(self.cache_size))
+        return PixelCache(folder, parse_size(self.cache_size, "data.cache_size"))
+
+    @property
+    def _share(self) -> float | None:
+        return self.held_out if chosen(self, "held_out") else None
 
     def open(self) -> tuple[ImageSet, ImageSet]:
         """(training images, held-out images), all of one shape."""
@@ -159,7 +164,7 @@ class DataSettings:
         """Training images and held-out images, all of one shape, and their division."""
         return open_split(
             self.source,
-            self.held_out,
+            self._share,
             limit=self.limit,
             flip=self.flip,
             size=self.size,
@@ -178,7 +183,7 @@ class DataSettings:
             )
         return open_training_buckets(
             self.source,
-            self.held_out,
+            self._share,
             side=self.size,
             step=self.buckets,
             channels=self.channels,
@@ -373,12 +378,12 @@ class DenoiserRecipe:
             _log_notes(network_notes(self.network, network.config))
         classes = conditioner.to_config() if isinstance(conditions, ClassConditioner) else None
         model = {
-            "autoencoder": None if folder is None else str(folder.expanduser().absolute()),
+            "autoencoder": None if folder is None else _place(folder, out),
             "schedule": self.schedule,
             "parameterization": self.parameterization,
             "conditioner": classes,
             "text": None if self.text is None else str(Path(self.text).expanduser().absolute()),
-            "init": self.init,
+            "init": None if self.init is None else fixed_source(self.init),
             "network": network.to_config(),
             "defaults": defaults.to_json(),
             "name": self.name,
@@ -412,6 +417,12 @@ class DenoiserRecipe:
             values = {n: getattr(self, n) for n in names if chosen(self, n)}
             notes += [f"{n}={v}: with init it is the model's" for n, v in values.items()]
         return notes
+
+
+def _place(folder: Path, run: Path) -> str:
+    """The absolute path of a folder, or its place in a run, which may be moved."""
+    path, out = (p.expanduser().absolute() for p in (folder, run))
+    return str(path.relative_to(out) if path.is_relative_to(out) else path)
 
 
 def _log_notes(notes: Sequence[str]) -> None:
@@ -448,7 +459,7 @@ def _images(
     if data.buckets is None:
         split = data.split()
         return split.training, split.division
-    if data.buckets < 1 or data.buckets % (factor * patch):
+    if data.buckets % (factor * patch):
         raise UserError(
             f"data.buckets={data.buckets}: the step of the buckets' sides must be a multiple of "
             f"{factor * patch}, the autoencoder's factor {factor} times the network's patch {patch}"
@@ -503,9 +514,7 @@ def _conditioners(
     conditioner = open_text_conditioner(text)
     pooled = conditioner.null(1).vector
     fields = network.text_fields(conditioner.width, None if pooled is None else pooled.shape[1])
-    captions = Captions(conditioner, images.caption_choices or images.captions, cache=cache)
-    common = [caption for caption, _ in Counter(images.captions).most_common(10)]
-    return conditioner, captions, [*common], fields
+    return conditioner, *captions_of(images, conditioner, cache), fields
 
 
 def encode_all(
