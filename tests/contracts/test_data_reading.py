@@ -676,9 +676,7 @@ def test_the_settings_of_a_division_are_those_of_its_data_alone(
     assert len(open_split(tmp_path / "q", division=division, reading=mine).training) == 3
 
 
-def test_a_share_without_effect_is_logged(
-    tmp_path: Path, log: pytest.LogCaptureFixture
-) -> None:
+def test_a_share_without_effect_is_logged(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     from sfumato.train import DataSettings
 
     fill(tmp_path, "train/1.png", "train/2.png", "test/3.png")
