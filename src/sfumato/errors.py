@@ -8,6 +8,7 @@ dtype. Nothing is written then.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,11 +54,17 @@ def unknown(kind: str, value: object, choices: Iterable[str]) -> UserError:
     word = str(value).lower()
     near = difflib.get_close_matches(word, lower, n=3, cutoff=CLOSE)
     near = near or [name for name in lower if len(word) > 1 and name.startswith(word)][:3]
+    near = near or [n for n in lower if difflib.get_close_matches(word, _words(n), 1, CLOSE)][:3]
     close = [n for best in near for n in names if n.lower() == best]  # the nearest first
     hint = f"did you mean {' or '.join(repr(n) for n in close)}? " if close else ""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     listed = f"expected one of {', '.join(names[:SHOWN])}{more}" if names else "there are none"
     return UserError(f"unknown {kind} {value!r}: {hint}{listed}")
+
+
+def _words(name: str) -> list[str]:
+    """The words of a name ("ankle boot", "dpmpp_2m_sde"), without short ones."""
+    return [word for word in re.split(r"[\W_]+", name) if len(word) > 2]
 
 
 def quoted(text: str) -> str:

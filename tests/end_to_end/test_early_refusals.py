@@ -27,12 +27,12 @@ from sfumato.checkpoints.checkpoint import LoadOptions
 from sfumato.checkpoints.formats.folder import save_part
 from sfumato.checkpoints.formats.lone_vae import read_autoencoder
 from sfumato.cli import main
-from sfumato.cli._names import SPACINGS, guidance_names
+from sfumato.cli._names import SPACINGS, check_names, guidance_names
 from sfumato.cli._run import check_prompts
 from sfumato.cli.generate import Generate
 from sfumato.compress.tiny import AutoencoderTiny, TinyConfig
 from sfumato.diffuse import timesteps
-from sfumato.errors import UserError
+from sfumato.errors import UserError, unknown
 from sfumato.io import safetensors
 from sfumato.loading import outline
 from sfumato.predict.conditioners.clip_text import ClipText
@@ -78,6 +78,43 @@ for words in json.loads(sys.argv[1]):
     assert all(line.startswith("2 True") for line in lines), done.stdout
     assert "unforeseen" not in done.stderr and len(done.stderr.splitlines()) == len(lines)
     assert [path.name for path in tmp_path.iterdir()] == ["here.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Euler a", "euler_ancestral here"),
+        ("DPM++ 2M Karras", "dpmpp_2m with --spacing karras here"),
+        ("DPM++ 2M SGM Uniform", "dpmpp_2m with --spacing trailing here"),
+        ("dpmpp_2m_sde_gpu", "dpmpp_2m_sde here"),
+        ("DPM++ 3M SDE Exponential", "dpmpp_3m_sde with --spacing exponential here"),
+        ("uni_pc", "unipc here"),
+        ("DPM2 a", "dpm_solver_2_ancestral here"),
+        ("DPMSolverMultistepScheduler", "dpmpp_2m here"),
+        ("EulerAncestralDiscreteScheduler", "euler_ancestral here"),
+        ("FlowMatchEulerDiscreteScheduler", "euler here"),
+        ("KDPM2DiscreteScheduler", "dpm_solver_2 here"),
+    ],
+)
+def test_samplers_by_names_of_other_programs(name: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_names(name, None, None)
+    assert str(caught.value) == f"unknown sampler {name!r}: write {words}"
+
+
+def test_names_that_no_sampler_has() -> None:
+    for name in ("DPM adaptive", "DPM++ 2S a", "karras", ""):
+        with pytest.raises(UserError, match="expected one of consistency, ddim"):
+            check_names(name, None, None)
+    with pytest.raises(UserError, match=r"spacing 'sgm_uniform': write trailing here$"):
+        check_names(None, "sgm_uniform", None)
+    with pytest.raises(UserError, match="expected one of align_your_steps"):
+        check_names(None, "simple", None)
+
+
+def test_near_words_of_long_names() -> None:
+    assert "did you mean 'ankle boot'?" in str(unknown("class", "boots", ["ankle boot", "bag"]))
+    assert "did you mean" not in str(unknown("class", "quux", ["ankle boot", "bag"]))
 
 
 def test_names_are_those_of_the_library() -> None:

@@ -288,6 +288,10 @@ def test_brackets_are_text_which_is_logged(
         assert model.plan(Request(prompt, prompt_weights="none")).prompts == plan.prompts
         model.plan(Request("a cat: red, 3 o'clock"))
         assert not caplog.records
+    model.plan(Request("a cat AND a dog", prompt_weights="none"))
+    assert not caplog.records
+    model.plan(Request("a cat AND a dog"))
+    assert "'AND' is a notation of other programs, and text here: leave it out" in caplog.text
     words = {"negative_prompt": "(ugly)", "guidance": 2}
     model.plan(Request("a cat", **words))
     assert "(ugly)" not in caplog.text and "'ugly'" in caplog.text

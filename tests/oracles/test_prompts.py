@@ -18,7 +18,7 @@ from torch import Tensor
 from helpers import clip_encoders
 from sfumato.errors import UserError
 from sfumato.predict.conditioners._chunks import BACK, cut
-from sfumato.predict.conditioners._prompt import parse, parse_comfyui
+from sfumato.predict.conditioners._prompt import foreign_notation, parse, parse_comfyui
 from sfumato.predict.conditioners._weigh import weigh
 from sfumato.predict.conditioners.base import PROMPT_WEIGHTS
 from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig
@@ -174,6 +174,33 @@ def test_bad_prompts_are_refused(prompt: str, words: str) -> None:
     with pytest.raises(UserError, match=words) as caught:
         parse(prompt)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize(
+    ("prompt", "notation"),
+    [
+        ("a <lora:name:0.8> cat", "<lora:name:0.8>"),
+        ("a cat <hypernet:x:1>", "<hypernet:x:1>"),
+        ("a cat AND a dog", "AND"),
+        ("a CAT AND A DOG", "AND"),
+        ("CATS AND DOGS", None),
+        ("sand and ANDES", None),
+        ("embedding:easynegative, blurry", "embedding:easynegative"),
+        ("a {red|blue} __animal__", "{red|blue}"),
+        ("a __animals/cat__", "__animals/cat__"),
+        ("a (red:1,3) cat", ":1,3)"),
+        ("a (red)1.3 cat", ")1.3"),
+        ("a (red:1.3) [cat], <cat> at 12:30 {in set} f/1.4 snake_case (C++), 3, 4", None),
+    ],
+)
+def test_notations_of_other_programs(prompt: str, notation: str | None) -> None:
+    assert foreign_notation(prompt) == notation
+
+
+def test_the_first_notation_of_several_prompts(sd: ClipText) -> None:
+    prompts = ["a cat", None, "a <lora:x:1> cat"]
+    assert sd.foreign_notation(prompts) == "<lora:x:1>"
+    assert sd.foreign_notation(prompts[:2]) is None
 
 
 Tree = Any  # a text, or (bracket, number or None, trees)

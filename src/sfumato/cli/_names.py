@@ -3,10 +3,11 @@
 Their names are checked before torch is imported, their options before a model is opened.
 """
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sfumato.errors import unknown
+from sfumato.errors import UserError, quoted, unknown
 from sfumato.registry import names
 from sfumato.spec import Spec
 
@@ -20,13 +21,38 @@ GUIDANCE_FOLDERS = ("predict.guidance.weights", "predict.guidance.rules", "predi
 GUIDANCE_NAMES = {"weaker_model": "model"}
 """Name of a part of guidance by its file's, where they differ; either is read."""
 
+OTHER_SAMPLERS = {
+    "dpm2": "dpm_solver_2",
+    "dpm2a": "dpm_solver_2_ancestral",
+    "dpm2ancestral": "dpm_solver_2_ancestral",
+    "dpmsolver": "dpmpp_2m",
+    "dpmsolversde": "dpmpp_sde",
+    "dpmsolversinglestep": "dpmpp_2s",
+    "eulera": "euler_ancestral",
+    "flowmatcheuler": "euler",
+    "flowmatchheun": "heun",
+    "kdpm2": "dpm_solver_2",
+    "kdpm2ancestral": "dpm_solver_2_ancestral",
+}
+"""Samplers by names of AUTOMATIC1111, ComfyUI and diffusers, as `_bare_name` returns them."""
+OTHER_SPACINGS = {
+    "alignyoursteps": "align_your_steps",
+    "ays": "align_your_steps",
+    "ddimuniform": "leading",
+    "sgmuniform": "trailing",
+}
+"""Spacings in the same way."""
+
 
 def check_names(sampler: str | None, spacing: str | None, guidance: str | None) -> None:
     """Raise `UserError` for an unknown name; None is the model's."""
     if sampler is not None:
-        _check("sampler", Spec.parse(sampler).name, names("diffuse.samplers"))
+        _check_sampler(Spec.parse(sampler).name)
     if spacing not in (None, "given"):  # as a PNG records times of its own
-        _check("timestep spacing", Spec.parse(spacing).name, SPACINGS)
+        name = Spec.parse(spacing).name
+        if name not in SPACINGS and (other := _spacing_elsewhere(name)) is not None:
+            raise UserError(f"unknown timestep spacing {quoted(name)}: write {other} here")
+        _check("timestep spacing", name, SPACINGS)
     if guidance is not None and not guidance.lstrip().startswith("{"):
         choices = guidance_names()
         for word in guidance.split():
@@ -55,6 +81,35 @@ def check_words(options: "RunOptions", timesteps: Sequence[float] = ()) -> None:
         Guidance.parse(options.guidance)
     if timesteps:
         check_times(list(timesteps))
+
+
+def _check_sampler(name: str) -> None:
+    """Raise `UserError` for an unknown sampler, with its name here if other programs have it."""
+    samplers = names("diffuse.samplers")
+    if name in samplers:
+        return
+    bare, spacing = _bare_name(name), ""
+    for words, here in {
+        **OTHER_SPACINGS,
+        **{_bare_name(known): known for known in SPACINGS},
+    }.items():
+        if bare.endswith(words) and len(bare) > len(words):
+            bare, spacing = bare.removesuffix(words), f" with --spacing {here}"
+    sampler = OTHER_SAMPLERS.get(bare) or {_bare_name(known): known for known in samplers}.get(bare)
+    if sampler is None:
+        raise unknown("sampler", name, samplers)
+    raise UserError(f"unknown sampler {quoted(name)}: write {sampler}{spacing} here")
+
+
+def _spacing_elsewhere(name: str) -> str | None:
+    """The spacing that has this name in other programs."""
+    return OTHER_SPACINGS.get(_bare_name(name))
+
+
+def _bare_name(name: str) -> str:
+    """A name without case, signs and the words that other programs add: "DPM++ 2M", "dpmpp_2m"."""
+    letters = re.sub("[^a-z0-9]", "", name.lower().replace("++", "pp"))
+    return re.sub("^(?:ksampler|sample)|(?:discrete|multistep)?(?:scheduler)?$|gpu$", "", letters)
 
 
 def _check(kind: str, name: str, choices: Sequence[str]) -> None:

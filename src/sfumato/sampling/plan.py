@@ -378,6 +378,8 @@ def _read_prompts(
         conditioner.check(first, image_spec, other)
         if settings.prompt_weights is None:
             _log_unused_weights(model, [*first, *(other or ())])
+        if settings.prompt_weights != "none":
+            _log_foreign_notation(model, [*first, *(other or ())])
         return tuple(first), None if other is None else tuple(other)
 
     prompts, prompts_2 = pair("prompt", request.prompt, request.prompt_2, spec)
@@ -414,6 +416,16 @@ def _log_unused_weights(model: Model, prompts: Sequence[str | None]) -> None:
         logger.warning(
             "brackets and BREAK have no effect on this model, which reads them as text (%s): "
             "leave them out, or set prompt_weights='none' (--prompt-weights none) if they are text",
+            quoted(text),
+        )
+
+
+def _log_foreign_notation(model: Model, prompts: Sequence[str | None]) -> None:
+    """Log a notation of other programs, which the text encoders read letter by letter."""
+    if (text := model.conditioner.foreign_notation(prompts)) is not None:
+        logger.warning(
+            "%s is a notation of other programs, and text here: leave it out, "
+            "or set prompt_weights='none' (--prompt-weights none) if it is meant as text",
             quoted(text),
         )
 

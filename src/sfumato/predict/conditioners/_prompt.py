@@ -11,7 +11,7 @@ bracket that never closes acts to the end of the prompt, one that closes nothing
 a colon that no number and ")" follow. BREAK is a word of its own in capitals, inside of brackets
 too; whitespace around it is dropped. Two other notations of that program, [from:to:when] and
 [one|other], change the prompt from step to step: they are refused, not taken as emphasis. Its word
-AND is a word here.
+AND is a word here, and other notations are text, which `foreign_notation` finds.
 
 ComfyUI (comfy/sd1_clip.py, token_weights):
 
@@ -44,6 +44,16 @@ _PART = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _EDITING = re.compile(r"\||:\s*[\d.]+\s*$")
+_FOREIGN = re.compile(
+    r"""<(?:lora|lyco|hypernet):[^<>]*>       # adapters (AUTOMATIC1111)
+      | \bAND\b                              # two prompts at once (AUTOMATIC1111)
+      | \bembedding:[\w.-]+                  # a learned word (ComfyUI)
+      | __[\w/*-]+__ | \{[^{}]*\|[^{}]*\}    # a word of a list (wildcards)
+      | :\s*[+-]?\d+,\d+\s*\)               # a weight with a comma
+      | \)\d*\.\d+                         # a weight of compel
+    """,
+    re.VERBOSE,
+)
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 _ESCAPES = {r"\)": "\0\1", r"\(": "\0\2"}
 """ComfyUI's escapes, and what stands for them while parentheses are parsed."""
@@ -131,6 +141,15 @@ def weighted_text(prompt: str) -> str | None:
     if len(segments) > 1:
         return "BREAK"
     return next((text for text, weight in segments[0] if weight != 1), None)
+
+
+def foreign_notation(prompt: str) -> str | None:
+    """The first notation of other programs in a prompt that is text under each rule here.
+
+    Capitals in a prompt without small letters are no notation.
+    """
+    parts = (part[0] for part in _FOREIGN.finditer(prompt))
+    return next((part for part in parts if part != "AND" or prompt.upper() != prompt), None)
 
 
 def _split_at_breaks(text: str) -> Iterator[_Piece]:

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sfumato.config import read_config
 from sfumato.errors import UserError, explained
 from sfumato.io.atomic import read_table
-from sfumato.predict.conditioners._prompt import weighted_text
+from sfumato.predict.conditioners._prompt import foreign_notation, weighted_text
 from sfumato.predict.conditioners.base import CONFIG, Conditioner, Prompts
 from sfumato.predict.text_encoders.base import Encoder, SequenceEncoder
 from sfumato.types import Conditioning, ImageSpec
@@ -195,6 +195,10 @@ class TextConditioner(Conditioner):
         if self.prompt_weights is not None:
             return None
         return next((text for text in map(weighted_text, filter(None, prompts)) if text), None)
+
+    def foreign_notation(self, prompts: Prompts) -> str | None:
+        """The first notation of other programs in these prompts: <lora:name:1>, AND, {a|b} ..."""
+        return next((text for text in map(foreign_notation, filter(None, prompts)) if text), None)
 
     # ---- properties ------------------------------------------------------------------------------
 

@@ -153,6 +153,13 @@ class Conditioner(ABC):
         """
         return None
 
+    def foreign_notation(self, prompts: Prompts) -> str | None:
+        """The first notation of other programs in these prompts that is text here.
+
+        None: there is none, or the prompts are no texts (classes).
+        """
+        return None
+
     @property
     def encoders(self) -> Mapping[str, Encoder]:
         """Text encoders by the ending of their folder's name: "", "_2", ...; none for classes."""
