@@ -91,11 +91,11 @@ def _check_sampler(name: str) -> None:
     bare, spacing = _bare_name(name), ""
     for words, here in {
         **OTHER_SPACINGS,
-        **{_bare_name(known): known for known in SPACINGS},
+        **{_bare_name(name): name for name in SPACINGS},
     }.items():
         if bare.endswith(words) and len(bare) > len(words):
             bare, spacing = bare.removesuffix(words), f" with --spacing {here}"
-    sampler = OTHER_SAMPLERS.get(bare) or {_bare_name(known): known for known in samplers}.get(bare)
+    sampler = OTHER_SAMPLERS.get(bare) or {_bare_name(name): name for name in samplers}.get(bare)
     if sampler is None:
         raise unknown("sampler", name, samplers)
     raise UserError(f"unknown sampler {quoted(name)}: write {sampler}{spacing} here")
@@ -107,7 +107,7 @@ def _spacing_elsewhere(name: str) -> str | None:
 
 
 def _bare_name(name: str) -> str:
-    """A name without case, signs and the words that other programs add: "DPM++ 2M", "dpmpp_2m"."""
+    """A name without case, signs and common additions: "DPM++ 2M" is "dpmpp2m"."""
     letters = re.sub("[^a-z0-9]", "", name.lower().replace("++", "pp"))
     return re.sub("^(?:ksampler|sample)|(?:discrete|multistep)?(?:scheduler)?$|gpu$", "", letters)
 
