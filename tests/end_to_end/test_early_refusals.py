@@ -28,8 +28,10 @@ from sfumato.checkpoints.formats.folder import save_part
 from sfumato.checkpoints.formats.lone_vae import read_autoencoder
 from sfumato.cli import main
 from sfumato.cli._names import SPACINGS, check_names, guidance_names
+from sfumato.cli._options import parse
 from sfumato.cli._run import check_prompts
 from sfumato.cli.generate import Generate
+from sfumato.cli.train import train as main_train
 from sfumato.compress.tiny import AutoencoderTiny, TinyConfig
 from sfumato.diffuse import timesteps
 from sfumato.errors import UserError, unknown
@@ -42,6 +44,8 @@ from sfumato.tasks.refine import handover
 
 FREE = [
     ("generate", "--sampler", "bogus"),
+    ("generate", "a", "red", "boot"),
+    ("generate", "bag", "--cfg", "3"),
     ("generate", "--sampler", "ddim:eta"),
     ("generate", "--spacing", "karas"),
     ("generate", "--guidance", "3 intervall"),
@@ -78,6 +82,38 @@ for words in json.loads(sys.argv[1]):
     assert all(line.startswith("2 True") for line in lines), done.stdout
     assert "unforeseen" not in done.stderr and len(done.stderr.splitlines()) == len(lines)
     assert [path.name for path in tmp_path.iterdir()] == ["here.png"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("a red boot", "unexpected 'red', 'boot': a prompt of several words stands in quotes"),
+        ("bag --cfg 3", "unknown flag '--cfg' of sfumato generate: did you mean --guidance?"),
+        ("bag --num_inference_steps=3", "did you mean --steps?"),
+        ("bag --size 32", "did you mean --height or --width?"),
+        ("bag --overwrit", "did you mean --overwrite?"),
+        ("bag --bogus", "'--bogus' of sfumato generate: `sfumato generate --help` lists"),
+        ("--prompt bag", "'--prompt' is no flag of sfumato generate: give its value alone"),
+    ],
+)
+def test_words_that_no_flag_takes(line: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(Generate, line.split(), "generate")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--lr", "did you mean --loop.lr?"),
+        ("--data.sourc", "did you mean --data.source or"),
+        ("--settings.data.source", "did you mean --data.source?"),
+    ],
+)
+def test_unknown_settings_of_a_recipe(flag: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        main_train(["denoiser", "fashion_mnist", flag, "3"])
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Options that commands share. Torch is imported inside functions alone."""
 
+import difflib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from typing import (
 import tyro
 
 from sfumato.cli._output import without_logs
-from sfumato.errors import UserError, quoted, unknown
+from sfumato.errors import CLOSE, UserError, quoted, unknown
 from sfumato.io.paths import expand_user
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def parse(
 ) -> T:
     """Fill the dataclass `kind` from the command line.
 
-    Arguments that do not parse print the reason and exit with code 2. The value of a flag for text
+    Values that do not parse print the reason and exit with code 2. The value of a flag for text
     may begin with a dash. In a path ~ is the home folder, also in --out=~/a, which a shell leaves.
 
     Args:
@@ -89,19 +90,22 @@ def parse(
         none: Allow the word None for a setting that can be None.
 
     Raises:
-        UserError: For a text that is not UTF-8, a dash that makes a text look like a flag, and the
-            home folder of somebody who is not known here.
+        UserError: For unknown flags and words without a flag, a text that is not UTF-8, a dash that
+            makes a text look like a flag, and the home folder of somebody who is not known here.
     """
     options: dict[str, Any] = {} if default is None else {"default": default}
     markers = () if none else (tyro.conf.DisallowNone,)
-    parsed = tyro.cli(
+    parsed, surplus = tyro.cli(
         kind,
         args=_join_dashes(kind, arguments, command),
+        return_unknown_args=True,
         prog=f"sfumato {command}",
         description=description,
         config=(tyro.conf.PositionalMetavarFromFieldName, *markers),
         **options,
     )
+    if surplus:
+        raise _surplus_error(kind, surplus, command)
     return _expand_paths(_decode_texts(parsed))
 
 
@@ -168,15 +172,70 @@ def _join_dashes(kind: type, arguments: Sequence[str], command: str) -> list[str
     return [*words, *waiting]
 
 
+OTHER_FLAGS = {
+    "batch-size": "batch",
+    "cfg": "guidance",
+    "cfg-scale": "guidance",
+    "guidance-scale": "guidance",
+    "inference-steps": "steps",
+    "negative": "negative-prompt",
+    "num-images": "n",
+    "num-images-per-prompt": "n",
+    "num-inference-steps": "steps",
+    "output": "out",
+    "output-dir": "out",
+    "scheduler": "sampler",
+    "size": "height width",
+}
+"""Flags here, without dashes, by their names in other programs."""
+
+
+def _surplus_error(kind: type, words: Sequence[str], command: str) -> UserError:
+    """Return the error for words of the command line that no flag and no position takes."""
+    help_text = f"`sfumato {command} --help` lists the flags"
+    hints = get_type_hints(kind, include_extras=True)
+    flag = next((word for word in words if word.startswith("-")), None)
+    if flag is None:
+        kind_of_word = "prompt of several words" if "prompt" in hints else "name with spaces"
+        listed = ", ".join(map(quoted, words[:5]))
+        return UserError(
+            f"unexpected {listed}: a {kind_of_word} stands in quotes, and values follow flags; "
+            f"{help_text}"
+        )
+    name = flag.partition("=")[0].lstrip("-").replace("_", "-")
+    if "Positional" in repr(hints.get(name.replace("-", "_"))):
+        return UserError(f"{quoted(flag)} is no flag of sfumato {command}: give its value alone")
+    flags = _flags_of(kind)
+    near = [other for other in OTHER_FLAGS.get(name, "").split() if other in flags]
+    near = near or difflib.get_close_matches(name, flags, n=2, cutoff=CLOSE)
+    near = near or [other for other in flags if other.rpartition(".")[2] == name][:3]
+    hint = f"did you mean {' or '.join(f'--{other}' for other in near)}? " if near else ""
+    return UserError(f"unknown flag {quoted(flag)} of sfumato {command}: {hint}{help_text}")
+
+
+def _flags_of(kind: type, before: str = "") -> list[str]:
+    """Names of a dataclass's flags, with those of dataclasses in its fields, without dashes."""
+    flags: list[str] = []
+    for field, hint in get_type_hints(kind, include_extras=True).items():
+        custom = _custom_name(hint)
+        name = before + (field if custom is None else custom).replace("_", "-")
+        if is_dataclass(inner := _bare(hint)):
+            flags += _flags_of(cast(type, inner), f"{name}." if name else "")
+        elif "Positional" not in repr(hint):
+            flags.append(name)
+    return flags
+
+
 def _bare(hint: Any) -> Any:
     """A type without its notes."""
     return get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
 
 
 def _custom_name(hint: Any) -> str | None:
-    """The name of a flag that does not have its field's."""
+    """The name of a flag that does not have its field's; empty for settings without a prefix."""
     notes = hint.__metadata__ if hasattr(hint, "__metadata__") else ()
-    return next((note.name for note in notes if getattr(note, "name", None)), None)
+    names = (getattr(note, "name", None) for note in notes)
+    return next((name for name in names if name is not None), None)
 
 
 def _is_text(hint: Any) -> bool:
