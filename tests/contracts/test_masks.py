@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from helpers.images import pixels
 from helpers.models import tiny_model
@@ -102,7 +102,7 @@ def test_grey_stays_grey() -> None:
 @pytest.mark.parametrize(
     ("mask", "reason"),
     [
-        (bands(0, 255 - HOLE), "two readings"),  # OpenAI's: transparent is drawn anew
+        (bands(0, 255 - HOLE), "in OpenAI's convention: its alpha"),
         (bands(GREY, GREY, GREY, 255 - HOLE), "two readings"),
         (bands(HOLE, HOLE, HOLE, np.where(GREY > 9, 255, 0)), "two readings"),
         (bands(255, 0, 0, HOLE), "two readings"),
@@ -120,12 +120,28 @@ def test_masks_of_two_readings_are_refused(mask: Image.Image, reason: str) -> No
         read_mask(mask)
 
 
+@pytest.mark.parametrize("paint", [0, 255, GREY])
+def test_the_inverted_alpha_of_openais_masks_is_a_mask(paint: np.ndarray | int) -> None:
+    foreign = bands(paint, paint, paint, 255 - HOLE)
+    mask = read_mask(ImageOps.invert(foreign.getchannel("A")))
+    assert torch.equal(mask[0, 0], torch.from_numpy(HOLE / 255).float())
+
+
+def test_a_black_mask_is_named(model: LatentDiffusion, caplog: pytest.LogCaptureFixture) -> None:
+    for mask, said in ((PLAIN, []), (Image.new("L", (16, 16)), ["nothing is drawn anew"])):
+        caplog.clear()
+        plan = inpaint(model, Image.fromarray(GREY), mask, REQUEST)
+        assert [message.partition(": ")[2] for message in caplog.messages] == said
+    assert np.array_equal(pixels(model.run(plan)[0])[..., 0], GREY)
+
+
 def test_noise_and_jpeg_leave_the_latent_cells_as_they_are(model: LatentDiffusion) -> None:
     clean = read_mask(Image.fromarray(HOLE))
     cells = latent_mask(model, clean)
     assert cells.sum() == 3 * 4
-    noisy = torch.from_numpy(HOLE / 255).float()[None, None].clamp(min=1 / 255)
-    assert torch.equal(latent_mask(model, noisy), cells)
+    mask = torch.from_numpy(HOLE / 255).float()[None, None]
+    assert torch.equal(latent_mask(model, mask.clamp(min=2 / 255)), cells)
+    assert latent_mask(model, mask.clamp(min=2.001 / 255)).all()
     large = Image.new("L", (128, 96))
     ImageDraw.Draw(large).ellipse((20, 25, 90, 70), fill=255)
     sharp, lossy = (read_mask(m) for m in (large, reread(large, "jpeg", quality=85)))

@@ -288,6 +288,18 @@ def test_a_task_refuses_a_request_before_an_image_is_encoded(
         TASKS[name](empty, Request("bag", steps=5, spacing="karas"))
 
 
+def test_models_trained_for_inpainting_vary_images_by_noise() -> None:
+    model, request = inpainting(), Request("bag", steps=2)
+    a, b = (
+        model.run(task(model, IMAGE, request, strength=0.5), output="latent")
+        for task in (tasks.variations, tasks.image_to_image)
+    )
+    assert torch.equal(a, b)
+    for task in ("inverted variation", "series of images", "inverted series"):
+        with pytest.raises(UserError, match="that takes the latent alone"):
+            TASKS[task](model, request)
+
+
 # ---- once ----------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ class Inpaint(TaskOptions):
     """Image of the same size: white is drawn anew, black stays, grey is blended.
 
     Levels within 16 of black or white count as such. White paint on transparency is a mask too.
+    OpenAI's convention is the reverse (alpha 0 is drawn anew): invert the alpha of such masks.
     """
     strength: float = 1.0
     """Share of the steps to run, in (0, 1]. Below 1 the start is the image under the mask."""

@@ -9,6 +9,8 @@ layer. Other masks with transparency can be read in two ways (OpenAI's API draws
 anew) and are refused, as are masks in colour.
 """
 
+import logging
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,8 @@ UNSEEN = 2 / 255
 
 COLOUR = 32
 """Largest difference between the channels of a grey image, in levels of 255."""
+
+logger = logging.getLogger(__name__)
 
 
 def mask_pixels(
@@ -62,6 +66,8 @@ def mask_pixels(
         raise UserError(
             f"a mask with values from {low:.4g} to {high:.4g}: expected [0, 1], 1 is drawn anew"
         )
+    if high == 0:
+        logger.warning("the mask is black everywhere: nothing is drawn anew")
     return mask
 
 
@@ -118,7 +124,7 @@ def _check_opacity(darkness: np.ndarray, opacity: np.ndarray) -> None:
         raise UserError(
             "the mask has transparent pixels beside others than white ones, so that it has two "
             "readings: save it without transparency, white where the image is drawn anew, black "
-            "elsewhere"
+            "elsewhere (a mask in OpenAI's convention: its alpha channel, inverted)"
         )
 
 
