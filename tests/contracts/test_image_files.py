@@ -470,6 +470,7 @@ def test_losses_are_named() -> None:
         (broken, {}, ["its colour profile is damaged or of another colour space, and is ignored"]),
         (photo, {"grey": True}, [in_grey]),
         (photo.convert("L").convert("RGB"), {"grey": True}, []),
+        (photo.convert("LAB"), {"keeps": True}, ["its LAB colours become sRGB"]),
         (Image.new("I;16", (2, 2)), {}, ["its 16 bits a channel become 8"]),
     ):
         assert losses(image, **options) == expected

@@ -564,7 +564,9 @@ def losses(image: Image.Image, keeps: bool = False, grey: bool = False) -> list[
         lost.append(f"its colours become sRGB, by its profile {profile.name!r}")
     elif base.mode == "CMYK":
         lost.append("its CMYK colours become sRGB without a profile, and may differ from print")
-    elif data and image.mode != "LAB" and _read_profile(data, base.mode) is None:
+    elif image.mode == "LAB":
+        lost.append("its LAB colours become sRGB")
+    elif data and _read_profile(data, base.mode) is None:
         lost.append("its colour profile is damaged or of another colour space, and is ignored")
     if alpha is not None and not keeps and alpha.getextrema() != (255, 255):
         lost.append("its transparency is laid over white")
