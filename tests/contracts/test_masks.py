@@ -128,10 +128,10 @@ def test_the_inverted_alpha_of_openais_masks_is_a_mask(paint: np.ndarray | int) 
 
 
 def test_a_black_mask_is_named(model: LatentDiffusion, caplog: pytest.LogCaptureFixture) -> None:
-    for mask, said in ((PLAIN, []), (Image.new("L", (16, 16)), ["nothing is drawn anew"])):
+    for mask, warnings in ((PLAIN, []), (Image.new("L", (16, 16)), ["nothing is drawn anew"])):
         caplog.clear()
         plan = inpaint(model, Image.fromarray(GREY), mask, REQUEST)
-        assert [message.partition(": ")[2] for message in caplog.messages] == said
+        assert [message.partition(": ")[2] for message in caplog.messages] == warnings
     assert np.array_equal(pixels(model.run(plan)[0])[..., 0], GREY)
 
 
