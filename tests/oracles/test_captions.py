@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import sfumato
-from helpers import captioned_images
+from helpers import captioned_images, clip_encoders
 from sfumato.compress.tiny import AutoencoderTiny
 from sfumato.errors import UserError
 from sfumato.io.atomic import hash_tensors
@@ -166,7 +166,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Captioned pictures, a model's folder with a tiny T5, and a tiny autoencoder as a pair of
     files.
     """
-    return captioned_images.write(tmp_path_factory.mktemp("captions") / "parts")
+    folder = captioned_images.write(tmp_path_factory.mktemp("captions") / "parts")
+    clip_encoders.write(folder / "refiner", "refiner")
+    return folder
 
 
 def recipe(place: Path, **changes: Any) -> DenoiserRecipe:
@@ -238,6 +240,10 @@ def test_a_run_that_stopped_goes_on_with_the_same_captions(place: Path, tmp_path
             {"text": "tiny"},
             "expected a model's folder with text encoders, or a sentence encoder's, which has a "
             "config.json",
+        ),
+        (
+            {"text": "refiner"},
+            "text=.*refiner is conditioned on the image's size beside the text",
         ),
         (
             {"autoencoder": "pictures"},

@@ -19,6 +19,7 @@ from sfumato.io.paths import expand_user
 from sfumato.io.progress import report
 from sfumato.predict.conditioners import text_conditioner_class, text_encoder_classes
 from sfumato.predict.conditioners.base import Conditioner
+from sfumato.predict.conditioners.clip_text import ClipText
 from sfumato.predict.conditioners.sentence_text import SentenceText
 from sfumato.train.objective import Draw
 from sfumato.types import Conditioning
@@ -186,3 +187,17 @@ def open_text_conditioner(folder: str | Path) -> Conditioner:
             "or a sentence encoder's, which has a config.json"
         )
     return SentenceText.from_encoder(folder)
+
+
+def check_text(conditioner: Conditioner, source: str) -> None:
+    """Raise `UserError` for a text conditioner that needs more than captions, as SDXL's does.
+
+    Args:
+        conditioner: The text conditioner.
+        source: Its place, for the message.
+    """
+    if isinstance(conditioner, ClipText) and conditioner.encoder_2 is not None:
+        raise UserError(
+            f"{source} is conditioned on the image's size beside the text, as SDXL is: training "
+            "has captions alone; expected other text encoders, such as Stable Diffusion 1's or 3's"
+        )

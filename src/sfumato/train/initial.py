@@ -22,7 +22,7 @@ from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.base import ClassConditioner, Conditioner
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.networks.base import Network, build
-from sfumato.train.caption_embeddings import Captions, captions_of
+from sfumato.train.caption_embeddings import Captions, captions_of, check_text
 from sfumato.train.parts import open_autoencoder
 
 
@@ -79,6 +79,7 @@ def initial_conditions(
                 f"{images.name} has no captions, and the model of init is conditioned on text: "
                 "expected a column or file of captions"
             )
+        check_text(conditioner, "the model of init")
         return conditioner, *captions_of(images, conditioner, cache), {}
     if not isinstance(conditioner, ClassConditioner):
         raise UserError(

@@ -54,7 +54,12 @@ from sfumato.predict.networks.base import Network, NetworkConfig, build, network
 from sfumato.predict.networks.unet import UNetConfig
 from sfumato.sampling import Defaults, Request
 from sfumato.train.bars import Bars
-from sfumato.train.caption_embeddings import Captions, captions_of, open_text_conditioner
+from sfumato.train.caption_embeddings import (
+    Captions,
+    captions_of,
+    check_text,
+    open_text_conditioner,
+)
 from sfumato.train.checks import (
     built,
     check_autoencoder,
@@ -512,6 +517,7 @@ def _conditioners(
             "expected a column or file of them; leave text out for classes"
         )
     conditioner = open_text_conditioner(text)
+    check_text(conditioner, f"text={text}")
     pooled = conditioner.null(1).vector
     fields = network.text_fields(conditioner.width, None if pooled is None else pooled.shape[1])
     return conditioner, *captions_of(images, conditioner, cache), fields
