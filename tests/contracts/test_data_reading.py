@@ -4,6 +4,7 @@ reason, and two readings are refused with the setting that decides.
 
 import json
 import logging
+import os
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -81,6 +82,25 @@ def test_files_that_are_no_images_are_counted_in_one_line(
 def test_content_decides_and_not_the_ending_alone(tmp_path: Path, name: str, kind: str) -> None:
     save(tmp_path / name, kind=kind)
     assert len(open_images(tmp_path)) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_are_counted_and_not_waited_for(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path, "a.png")
+    for name in ("b.png", "a.txt", "c"):
+        os.mkfifo(tmp_path / name)
+    assert len(open_images(tmp_path)) == 1
+    assert "left out 3 files" in log.text and "no plain file 3" in log.text
+
+
+def test_a_stray_state_json_is_no_saved_dataset(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path, "a.png")
+    (tmp_path / "state.json").write_text("{}")
+    assert len(open_images(tmp_path)) == 1 and ".json 1" in log.text
 
 
 def test_raw_files_of_cameras_do_not_slip_in_by_their_previews(
@@ -350,11 +370,19 @@ def test_messages_about_metadata_name_the_image_and_the_line(tmp_path: Path) -> 
     place.write_text('\n{"file_name": "b.png", "text": "x"}\n{"file_name": b}\n')
     with pytest.raises(UserError, match=r"dog/metadata\.jsonl cannot be read \(line 3: "):
         open_images(tmp_path)
+    place.write_text('{"file_name": "b.png", "text": "x"}', encoding="utf-16")
+    with pytest.raises(UserError, match=r"dog/metadata\.jsonl is not UTF-8 .*save it in this"):
+        open_images(tmp_path)
 
 
-def test_names_of_folders_and_of_a_column_agree_in_either_form(tmp_path: Path) -> None:
+def test_names_of_folders_and_of_a_column_agree_in_either_form(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
     """macOS decomposes names of folders: "é" is then two characters."""
-    fill(tmp_path, "cafe\u0301/a.png", "dog/b.png")
+    fill(tmp_path, "cafe\u0301/a.png", "dog/b.png", "caf\u00e9/c.png")
+    assert names_of(open_images(tmp_path)) == ["caf\u00e9", "caf\u00e9", "dog"]
+    assert "3 images; 2 classes from subfolders (caf\u00e9, dog)" in log.text
+    shutil.rmtree(tmp_path / "caf\u00e9")
     text = "file_name,label\ncafe\u0301/a.png,caf\u00e9\ndog/b.png,dog\n"
     (tmp_path / "metadata.csv").write_text(text, encoding="utf-8")
     assert names_of(open_images(tmp_path)) == ["caf\u00e9", "dog"]
@@ -474,8 +502,6 @@ def test_a_saved_dataset_keeps_validation_beside_val(
 
 @pytest.mark.usefixtures("cache")
 def test_a_parquet_replaced_by_one_of_equal_size_and_time_is_seen(tmp_path: Path) -> None:
-    import os
-
     place = write_parquet(tmp_path / "a.parquet", text=["one", "two"])
     before = place.stat()
     assert open_images(place).captions == ["one", "two"]
@@ -596,7 +622,7 @@ def test_nothing_is_held_out_where_it_would_empty_a_class(
     assert again.division == record == first.division and again.division.shared
     assert again.training.fingerprint == training.fingerprint
     assert again.held_out.fingerprint == held_out.fingerprint
-    assert "they were trained on too" in log.text
+    assert "they were trained on too" in log.text and "copies" not in log.text
     save(tmp_path / "a" / "copy.bmp", 0)
     shutil.copy(tmp_path / "b" / "2.png", tmp_path / "b" / "again.png")
     training, _ = open_both(tmp_path, 0.5)

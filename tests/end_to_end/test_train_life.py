@@ -579,7 +579,7 @@ def test_an_autoencoder_begins_with_the_weights_of_another(
     recipe = AutoencoderRecipe(stages.data, loop=loop, init=str(stages.autoencoder))
     vae = recipe.run(tmp_path)
     name = "diffusion_pytorch_model.safetensors"
-    before, after = read_tensors(Path(stages.autoencoder, name)), read_tensors(vae / name)
+    before, after = read_tensors(Path(str(stages.autoencoder), name)), read_tensors(vae / name)
     for key, tensor in before.items():
         torch.testing.assert_close(after[key], tensor)
     with pytest.raises(UserError, match=r"images of 3 channels, and an autoencoder of 1"):

@@ -141,7 +141,7 @@ def _classes(
         return by_folder, names, f"{len(names)} classes from subfolders ({shown})"
     labels = [notes.labels[f] for f in files]
     own = [composed(notes.class_names[k]) if k >= 0 else None for k in labels]
-    if by_folder is not None and [composed(names[k]) for k in by_folder] != own:
+    if by_folder is not None and [names[k] for k in by_folder] != own:
         raise UserError(
             f"{tree.root} has subfolders ({listed([*names])}) and a column of other classes: "
             "give layout=flat for the column, or label_column=none for the subfolders"
@@ -157,7 +157,7 @@ def _folder_classes(
     With captions, a single subfolder ("images/") is storage and not a class.
     """
     root, plain = tree.root, notes.captions is None and notes.labels is None
-    folders = [f.relative_to(root).parts[0] if f.parent != root else None for f in files]
+    folders = [_top(tree, f) for f in files]
     names = sorted({f for f in folders if f is not None})
     if reading.layout == "flat":
         return None, ()
@@ -185,8 +185,9 @@ def _folder_classes(
             "folders of %s without a readable image are no classes: %s",
             root, listed(sorted(empty)),
         )  # fmt: skip
-    number = {name: i for i, name in enumerate(names)}
-    return [number[f] for f in folders if f is not None], tuple(names)
+    classes = tuple(dict.fromkeys(map(composed, names)))
+    number = {name: classes.index(composed(name)) for name in names}
+    return [number[f] for f in folders if f is not None], classes
 
 
 def _parents(files: Sequence[Path]) -> set[Path]:

@@ -317,14 +317,14 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
     kind = path.suffix.lower()
     if kind == ".parquet":
         return _read_parquet(path)
+    text = _read_text(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
         if kind == ".csv":
             # not splitlines: a quoted caption may hold a line break
             rows: list[Any] = list(csv.DictReader(io.StringIO(text)))
         else:
             rows = _json_lines(text)
-    except (UnicodeDecodeError, ValueError, csv.Error) as error:
+    except (ValueError, csv.Error) as error:
         raise UserError(f"{path} cannot be read ({error}): {_EXPECTED}") from error
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):

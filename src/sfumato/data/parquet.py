@@ -58,7 +58,8 @@ class Rows:
 
 def is_saved(folder: Path) -> bool:
     """True for a folder that was written by `save_to_disk`."""
-    return any((folder / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    whole = ("state.json", "dataset_info.json"), ("dataset_dict.json",)
+    return any(all((folder / name).is_file() for name in names) for names in whole)
 
 
 def parquet_splits(path: Path, reading: Reading) -> Splits:

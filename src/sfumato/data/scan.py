@@ -6,6 +6,7 @@ programs (.DS_Store, @eaDir, __MACOSX, Thumbs.db) are no images, whatever they h
 
 import logging
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -129,6 +130,8 @@ def _add(tree: Tree, path: Path) -> None:
     name, suffix = path.name.lower(), path.suffix.lower()
     if name.startswith("."):
         tree.left_out["hidden"] += 1
+    elif _is_device(path):
+        tree.left_out["no plain file"] += 1
     elif name in METADATA:
         tree.metadata.append(path)
     elif suffix == ".parquet":
@@ -141,6 +144,14 @@ def _add(tree: Tree, path: Path) -> None:
         tree.left_out[ending(path)] += 1
 
 
+def _is_device(path: Path) -> bool:
+    """True for pipes, sockets and devices, on which a reader waits for ever."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:  # a link to nothing: decoding names it
+        return False
+
+
 def ending(path: Path) -> str:
     """The ending of a file's name in lower case, or a word that it has none."""
     return path.suffix.lower() or "without an ending"
@@ -148,8 +159,6 @@ def ending(path: Path) -> str:
 
 def _is_image(path: Path) -> bool:
     """True for a file whose first bytes are those of an image that Pillow opens."""
-    if not path.is_file():
-        return False
     try:
         with Image.open(path, formats=_FORMATS):
             return True

@@ -163,15 +163,15 @@ def open_split(
     labels = training.labels if sample is None else labels
     training = _trained_classes(training, labels)
     training, held_out = _same_classes(training, held_out)
-    if len(training) + len(held_out) > 1 and opened.held_out is None:
+    own = opened.test is None and not {*training.rows.tolist()}.isdisjoint(held_out.rows.tolist())
+    if not own and opened.held_out is None:
         held_out = _without_copies(training, held_out)
     logger.info(
         "%s: %d training images, %d held out (%s)",
         source, len(training), len(held_out), opened.origin,
     )  # fmt: skip
     rows = "" if opened.test is not None or sample is not None else ranges(held_out.rows.tolist())
-    shared = bool(rows) and not {*training.rows.tolist()}.isdisjoint(held_out.rows.tolist())
-    return Split(training, held_out, opened.division(rows, shared))
+    return Split(training, held_out, opened.division(rows, own and bool(rows)))
 
 
 def open_both(
