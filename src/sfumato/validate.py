@@ -10,6 +10,9 @@ from typing import Any
 
 from sfumato.errors import UserError, unknown
 
+LONGEST_SIDE = 1 << 20
+"""Most pixels of an image's side, above all that fits into memory."""
+
 
 def whole_number(
     name: str,

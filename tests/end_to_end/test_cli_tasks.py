@@ -229,6 +229,7 @@ def test_the_mask_of_a_grown_image() -> None:
         (["edit", "photo.png", "dog"], "unknown class 'dog'"),
         (["outpaint", "photo.png"], "say how many pixels to add, and where"),
         (["outpaint", "photo.png", "--left", "-1"], "left=-1: expected a whole number of pixels"),
+        (["outpaint", "photo.png", "--left", f"{10**20}"], "a whole number of pixels from 0 to"),
         (
             ["outpaint", "photo.png", "--left", "1", "--overlap", "15"],
             "overlap=15 for an image of 15 x 21",
@@ -312,8 +313,9 @@ def test_enlarging_keeps_the_composition(tiny: Path) -> None:
     assert near < 0.5 * far
     second = two_pass(model, Request("bag", n=2, steps=3), scale=2)
     assert [p.size for p in model.run(second)] == [(32, 32)] * 2
-    with pytest.raises(UserError, match=r"scale=0\.5: expected a number of at least 1"):
-        enlarge(model, picture, scale=0.5)
+    for scale in (0.5, float("inf"), 1e300):
+        with pytest.raises(UserError, match=f"scale={re.escape(str(scale))}: expected a number in"):
+            enlarge(model, picture, scale=scale)
 
 
 def test_the_clock_starts_before_torch_is_imported(tmp_path: Path) -> None:

@@ -35,7 +35,14 @@ from sfumato.sampling.request import (
     spacing_of,
 )
 from sfumato.types import Conditioning, ImageSpec, LatentSpace
-from sfumato.validate import number_in, one_of, positive_int, seed_number, whole_number
+from sfumato.validate import (
+    LONGEST_SIDE,
+    number_in,
+    one_of,
+    positive_int,
+    seed_number,
+    whole_number,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +164,9 @@ def resolve_settings(model: Model, request: Request) -> Settings:
     positive_int("steps", steps)
     _check_sampler(sampler, guidance)
     height, width = (
-        positive_int(name, model.sample_size if side is None else side, unit="pixels")
+        whole_number(
+            name, model.sample_size if side is None else side, 1, LONGEST_SIDE, unit="pixels"
+        )
         for name, side in (("height", request.height), ("width", request.width))
     )
     return Settings(

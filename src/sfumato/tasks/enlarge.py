@@ -13,7 +13,7 @@ from sfumato.model import LatentDiffusion
 from sfumato.sampling import Plan, Request
 from sfumato.tasks._images import ImageInput
 from sfumato.tasks.image_to_image import image_to_image
-from sfumato.validate import number_in
+from sfumato.validate import LONGEST_SIDE, number_in
 
 
 def enlarge(
@@ -36,8 +36,8 @@ def enlarge(
     Raises:
         UserError: For an impossible scale or strength.
     """
-    number_in("scale", scale, at_least=1)
     pixels = model.pixels(image)
+    number_in("scale", scale, at_least=1, at_most=LONGEST_SIDE / max(pixels.shape[2:]))
     height, width = (round(side * scale) for side in pixels.shape[2:])
     large = F.interpolate(pixels, (height, width), mode="bicubic", align_corners=False).clamp(-1, 1)
     request = replace(request or Request(), height=height, width=width)

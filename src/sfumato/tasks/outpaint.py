@@ -11,7 +11,7 @@ from sfumato.model import LatentDiffusion
 from sfumato.sampling import Plan, Request
 from sfumato.tasks._images import ImageInput, check_count, own_colours
 from sfumato.tasks.inpaint import plan_inpainting
-from sfumato.validate import whole_number
+from sfumato.validate import LONGEST_SIDE, whole_number
 
 
 def outpaint(
@@ -49,7 +49,7 @@ def outpaint(
     """
     sides = {"left": left, "right": right, "top": top, "bottom": bottom, "overlap": overlap}
     for name, value in sides.items():
-        whole_number(name, value, at_least=0, unit="pixels")
+        whole_number(name, value, 0, LONGEST_SIDE, unit="pixels")
     if not (left or right or top or bottom):
         raise UserError("left, right, top and bottom are 0: say how many pixels to add, and where")
     pixels = model.pixels(image)
