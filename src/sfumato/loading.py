@@ -68,8 +68,9 @@ def load(
             vocab.txt; for whole files of transformers a model's folder.
         memory: memory that the process may use, in bytes or as "3GB". Weights are then streamed
             from the files, as in `LatentDiffusion.streamed`, with the same images.
-        transformer: for folders: a file with the network alone (original, GGUF, fp8), which
-            replaces the folder's. The folder may lack the weights of its own.
+        transformer: for folders: a file with the network alone (original, GGUF, fp8), or its
+            folder in diffusers' layout, which replaces the model's. The model's folder may lack the
+            weights of its own.
         revision: of a hub id: a branch, a tag or a commit (default: the main branch).
         vae: a folder or file with an autoencoder, which replaces the model's own.
         clip_skip: layers of CLIP's text encoders to skip, as in diffusers: 1 is what other programs
@@ -175,7 +176,7 @@ def open_model(source: str | Path, options: LoadOptions) -> LatentDiffusion:
     else:
         raise UserError(
             f"model {str(source)!r} was not found: expected a bundled name "
-            f"({', '.join(models) or 'none'}), a folder, or a hub id such as owner/name"
+            f"({', '.join(models) or 'none'}), a folder, a file, or a hub id such as owner/name"
         )
     if options.memory is not None:
         return model.streamed(options.memory, options.dtype, options.device)

@@ -24,6 +24,7 @@ from helpers.pipelines import tiny_pipeline
 from helpers.processes import run_python
 from sfumato.checkpoints import families
 from sfumato.checkpoints.checkpoint import LoadOptions
+from sfumato.checkpoints.families.taesd import save_taesd
 from sfumato.checkpoints.formats.folder import save_part
 from sfumato.checkpoints.formats.lone_vae import read_autoencoder
 from sfumato.cli import main
@@ -358,10 +359,55 @@ def test_another_vae(sd1: Path, models: dict[str, Path], tmp_path: Path) -> None
     assert draw("--vae", loose, model=sd1, out=out)["vae"] == str(loose)
     for place, words in (
         (tmp_path / "gone", r"the autoencoder .* was not found"),
-        (sd1 / "unet" / file.name, r"of no known layout|no autoencoder"),
+        (sd1 / "unet" / file.name, "is a U-Net under diffusers' names"),
     ):
         with pytest.raises(UserError, match=words):
             sfumato.load(sd1, vae=place)
+
+
+def test_another_network(sd1: Path, tmp_path: Path) -> None:
+    """Its folder, a model's folder, and the file in it."""
+    whole = Path(shutil.copytree(sd1, tmp_path / "whole"))
+    file = next((whole / "unet").glob("*.safetensors"))
+    tensors = {k: v * 1.01 for k, v in safetensors.read_tensors(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    for place in (whole, whole / "unet", file):
+        state = sfumato.load(sd1, transformer=place).denoiser.network.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in tensors.items())
+    for place, words in (
+        (tmp_path, "is a folder without config.json"),
+        (sd1 / "vae", "holds a AutoencoderKL: expected a UNet2DConditionModel"),
+        (next((sd1 / "vae").glob("*.safetensors")), "no U-Net: it is an autoencoder under"),
+        (tmp_path / "gone", "was not found"),
+    ):
+        with pytest.raises(UserError, match=words):
+            sfumato.load(sd1, transformer=place)
+
+
+def test_half_of_a_tiny_autoencoder_finds_the_other(sd1: Path, tmp_path: Path) -> None:
+    tiny = AutoencoderTiny(TinyConfig(latent_channels=4))
+    encoder, decoder = save_taesd(tmp_path / "tiny", tiny, torch.float32)
+    for place in (encoder, decoder):
+        state = sfumato.load(sd1, vae=place).autoencoder.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in tiny.state_dict().items())
+    encoder.unlink()
+    with pytest.raises(UserError, match=r"tiny_encoder\.safetensors was not found"):
+        sfumato.load(sd1, vae=decoder)
+    odd = decoder.rename(tmp_path / "odd.safetensors")
+    with pytest.raises(UserError, match="expected a name that ends in encoder or decoder"):
+        sfumato.load(sd1, vae=odd)
+
+
+def test_parts_of_a_model_name_the_model(sd1: Path) -> None:
+    unet = next((sd1 / "unet").glob("*.safetensors"))
+    for place, words in (
+        (sd1 / "unet", f"it is a part of the model {sd1}: give that folder"),
+        (sd1 / "model_index.json", f"describes the model {sd1}: give that folder"),
+        (unet, "is a U-Net under diffusers' names, a part of a model: give the folder"),
+    ):
+        with pytest.raises(UserError) as caught:
+            sfumato.load(place)
+        assert words in str(caught.value)
 
 
 def test_variants_have_a_flag(sd1: Path, tmp_path: Path) -> None:

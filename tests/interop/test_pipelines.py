@@ -433,6 +433,13 @@ def test_latent_consistency_models_in_both_directions(
     ).abs().max() < 1e-3
     result = model.generate(prompts, output="tensor")
     assert_same_images(result, expected)
+    # the U-Net alone is a folder on the hub, beside the model that it was distilled from
+    tiny_pipeline(family).save_pretrained(tmp_path / "base")
+    base = without_prompt_weights(
+        load(tmp_path / "base", transformer=tmp_path / "diffusers" / "unet")
+    )
+    settings = {"sampler": "lcm", "spacing": "lcm", "steps": 4, "distilled_guidance": scale}
+    assert torch.equal(base.generate(prompts, output="tensor", **settings, guidance=1.0), result)
     for guidance in (1.0, 2.5, 0.0):
         options = {"num_inference_steps": 2, "guidance_scale": guidance}
         expected = pipeline_images(pipe, prompts, **options)

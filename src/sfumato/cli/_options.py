@@ -341,7 +341,7 @@ class ModelOptions:
     revision: Annotated[str | None, unset("main")] = None
     """Branch, tag or commit of a Hub id."""
     transformer: Annotated[Path | None, unset(MODELS)] = None
-    """File with a transformer or U-Net (original, GGUF, fp8) in place of the model folder's."""
+    """File (original, GGUF, fp8) or folder of a transformer or U-Net, in place of the model's."""
     vae: Annotated[Path | None, unset(MODELS)] = None
     """Folder or file with an autoencoder in place of the model's."""
     tokenizer: Annotated[Path | None, unset(MODELS)] = None

@@ -6,6 +6,7 @@ reads prompts in a new way one conditioner in `predict/conditioners/`.
 """
 
 from sfumato.checkpoints.families._base import AUTOENCODERS, NETWORK, Family
+from sfumato.checkpoints.families._other_kinds import kind_of
 from sfumato.checkpoints.families._registry import (
     by_components,
     by_index,
@@ -36,6 +37,7 @@ __all__ = [
     "by_pipeline",
     "candidates",
     "detect",
+    "kind_of",
     "read_unet",
     "registered",
     "untold_latents",

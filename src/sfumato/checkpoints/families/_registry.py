@@ -6,6 +6,7 @@ from typing import Any
 
 from sfumato.checkpoints.checkpoint import Checkpoint, Component, RawCheckpoint
 from sfumato.checkpoints.families._base import Family
+from sfumato.checkpoints.families._other_kinds import kind_of
 from sfumato.checkpoints.shapes import Shapes
 from sfumato.diffuse.process import Process
 from sfumato.errors import UserError, unknown
@@ -83,6 +84,8 @@ def detect(keys: Mapping[str, tuple[int, ...]], where: object, network: object =
     """
     fitting = candidates(keys, where)
     if not fitting:
+        if (kind := kind_of(keys)) is not None:
+            raise UserError(f"{where} is {kind}")
         shown = ", ".join(sorted(keys)[:4]) or "none"
         titles = ", ".join(dict.fromkeys(family.title for family in registered()))
         raise UserError(
@@ -96,7 +99,9 @@ def candidates(keys: Mapping[str, tuple[int, ...]], where: object) -> list[Famil
     """Every family that has the keys of a file; those with a part of it where none has all."""
     shapes = Shapes(keys, "", where)
     whole = [family for family in registered() if family.detect(shapes)]
-    return whole or [family for family in registered() if family.detect_alone(shapes)]
+    if whole or kind_of(keys) is not None:
+        return whole
+    return [family for family in registered() if family.detect_alone(shapes)]
 
 
 def write(checkpoint: Checkpoint) -> RawCheckpoint:

@@ -38,6 +38,7 @@ from sfumato.checkpoints.families._base import (
     store_section,
 )
 from sfumato.checkpoints.families._lossless import unrepresentable_fields
+from sfumato.checkpoints.families._other_kinds import kind_of
 from sfumato.checkpoints.families._unet_config import Heads, unet_config
 from sfumato.checkpoints.families._unet_map import is_plain, unet_map
 from sfumato.checkpoints.families._vae import is_quantized, vae_config, vae_map
@@ -521,6 +522,8 @@ def read_unet(raw: RawCheckpoint, config: Config) -> Component:
     first = "input_blocks.0.0.weight"
     prefix = next((p for p in (NETWORK, "") if p + first in raw.tensors), None)
     if prefix is None:
+        if (kind := kind_of(raw.tensors)) is not None:
+            raise UserError(f"{raw.path} holds no U-Net: it is {kind}")
         shown = ", ".join(sorted(raw.tensors)[:4])
         raise UserError(
             f"{raw.path} holds no U-Net under its original names or diffusers' "

@@ -12,6 +12,7 @@ has no weights, so that its numbers are one lower:
     decoder   7.weight        <-> decoder.layers.6.weight
 """
 
+from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
 
@@ -66,6 +67,31 @@ def load_taesd(
         with explained(file):
             tensors |= from_original(half, _read(file))
     return _build(tensors, Path(f"{source} with {decoder}"), dtype)
+
+
+def is_half(keys: Collection[str]) -> bool:
+    """True for the keys of an encoder or a decoder alone, which begin with a layer's number."""
+    return any(key.endswith(".conv.0.weight") and key.split(".")[0].isdigit() for key in keys)
+
+
+def pair_of(half: Path) -> tuple[Path, Path]:
+    """The encoder's and the decoder's file of a pair, of which one is named.
+
+    Raises:
+        UserError: For a name that ends in neither, and where the other file is missing.
+    """
+    ends = list(_SHIFT)
+    own = next((end for end in ends if half.stem.endswith(end)), None)
+    if own is None:
+        raise UserError(
+            f"{half} is one half of a tiny autoencoder: "
+            "expected a name that ends in encoder or decoder, and its other half beside it"
+        )
+    files = [half.with_stem(half.stem.removesuffix(own) + end) for end in ends]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{half} is one half of a tiny autoencoder: {file} was not found")
+    return files[0], files[1]
 
 
 def _pair(folder: Path) -> tuple[Path, Path]:

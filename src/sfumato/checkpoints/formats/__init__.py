@@ -79,6 +79,8 @@ def _open(path: Path, dtype: torch.dtype) -> RawCheckpoint:
         require_unquantized(weights, path)
         table = from_tensors(unwrapped(weights, path))
         return RawCheckpoint(table, metadata, path, mapped=False)
+    if path.suffix == ".json" and (path.parent / "model_index.json").is_file():
+        raise UserError(f"{path} describes the model {path.absolute().parent}: give that folder")
     endings = f"expected a file that ends in {', '.join((*SAFE, *PICKLES, '.gguf'))}"
     kind = another_kind(path)
     raise UserError(f"{path}: {endings}; {kind}" if kind else f"{path}: {endings}")

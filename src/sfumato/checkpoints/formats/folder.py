@@ -295,9 +295,14 @@ def read_index(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / INDEX
     if not path.exists():
+        above = Path(folder).absolute().parent
         raise UserError(
             f"{folder} is not a model folder: it has no model_index.json; "
-            "give a folder that `model.save` or diffusers wrote"
+            + (
+                f"it is a part of the model {above}: give that folder"
+                if (above / INDEX).is_file()
+                else "give a folder that `model.save` or diffusers wrote"
+            )
         )
     index = read_table(path)
     name = index.get("_class_name")
@@ -363,6 +368,26 @@ def read(path: Path, name: str, options: LoadOptions) -> Checkpoint:
     )
 
 
+def _network_folder(
+    folder: Path, part: str, place: Path, options: LoadOptions, index: Mapping[str, Any]
+) -> Component:
+    """Read the network of another folder, whose class is that of the model's own."""
+    inside = place / part if (place / part / "config.json").is_file() else place
+    if not (inside / "config.json").is_file():
+        raise UserError(
+            f"the transformer {place} is a folder without config.json and {part}/config.json: "
+            "expected the folder of a network, or of a model"
+        )
+    component = read_component(inside, options.variant)
+    own = named_class(index.get(part)) or component.config.get("_class_name")
+    if component.config.get("_class_name") != own:
+        raise UserError(
+            f"{inside} holds a {component.config.get('_class_name')}: "
+            f"expected a {own}, the network of {folder}"
+        )
+    return component
+
+
 def read_scheduler_config(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
     """Read scheduler_config.json, of the class that model_index.json names."""
     path = folder / "scheduler_config.json"
@@ -383,15 +408,15 @@ def _read_vae(
 def _override(
     folder: Path, part: str, file: Path, options: LoadOptions, index: Mapping[str, Any]
 ) -> Component:
-    """Read the network of a single file, with the config of a model's folder.
+    """Read the network of a single file, with the config of a model's folder, or of a folder.
 
-    FLUX.1 and SD 3.5 are released so, and so are most of their quantised and further trained
-    versions. Other parts in the file are not read.
+    FLUX.1 and SD 3.5 are released as files, and so are most of their quantised and further trained
+    versions. Other parts in the file are not read. LCM's U-Nets are folders with their own config.
 
     Args:
         folder: the model's.
         part: the network's folder in it, "unet" or "transformer".
-        file: the file.
+        file: the file; or a folder in diffusers' layout, or that of a model.
         options: how the model is opened.
         index: model_index.json.
 
@@ -399,10 +424,12 @@ def _override(
         UserError: a file without such a network, with another than the folder's, or that cannot be
             streamed.
     """
+    if file.is_dir():
+        return _network_folder(folder, part, file, options, index)
     if not file.is_file():
         raise UserError(
             f"the transformer {file} was not found: expected a file with the network of a model, "
-            "such as a .safetensors or .gguf file"
+            "such as a .safetensors or .gguf file, or its folder"
         )
     place = folder / part / "config.json"
     if not place.exists():
@@ -427,9 +454,12 @@ def _override(
     candidates = families.candidates(raw.shapes, file)
     candidates = [family for family in candidates if isinstance(family, TransformerFamily)]
     if not candidates:
+        kind = families.kind_of(raw.tensors)
         shown = ", ".join(sorted(raw.tensors)[:4])
         raise UserError(
-            f"the transformer {file} holds no diffusion transformer under its original names "
+            f"the transformer {file} is {kind}"
+            if kind
+            else f"the transformer {file} holds no diffusion transformer under its original names "
             f"(its first keys: {shown})"
         )
     named = network_class(raw.metadata) or config["_class_name"]

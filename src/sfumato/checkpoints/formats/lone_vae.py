@@ -8,7 +8,7 @@ import torch
 
 from sfumato.checkpoints import families
 from sfumato.checkpoints.checkpoint import Component, LoadOptions
-from sfumato.checkpoints.families.taesd import load_taesd
+from sfumato.checkpoints.families.taesd import is_half, load_taesd, pair_of
 from sfumato.checkpoints.formats import open_file
 from sfumato.checkpoints.formats.folder import modern, read_component
 from sfumato.checkpoints.lazy_tensor import from_tensors, load_tensors
@@ -27,7 +27,7 @@ def read_autoencoder(
 
     Args:
         place: A folder with config.json, a model's folder with vae/ in it, a folder with a pair of
-            TAESD's files, or a file under the original names or diffusers'.
+            TAESD's files, one of the pair, or a file under the original names or diffusers'.
         own: The config of the model's own autoencoder, which has the scale of latents.
         options: How the model is opened.
         published: The scale of latents of the model's family, which counts where the model's own
@@ -49,6 +49,9 @@ def read_autoencoder(
         )
     raw = open_file(place, options.opened or torch.float32, mapped=options.mapped)
     raw = raw if options.opened is None else raw.checked()
+    if is_half(raw.tensors):
+        tiny = load_taesd(*pair_of(place))
+        return Component(tiny.to_config(), from_tensors(tiny.state_dict()), path=place)
     if any(key.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for key in raw.tensors):
         beside = place.with_name("config.json")
         config = read_table(beside) if beside.is_file() else own
