@@ -66,7 +66,7 @@ def test_published_adapters() -> None:
     assert count > 15
 
 
-def test_the_network_of_a_folder_says_what_it_is(tmp_path: Path) -> None:
+def test_a_file_of_one_adapter(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     save_file({"a.lora_up.weight": torch.ones(2, 2)}, file)
     with pytest.raises(UserError, match=r"x\.safetensors is a LoRA or the like"):
