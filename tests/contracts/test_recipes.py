@@ -21,6 +21,7 @@ from sfumato.data.idx import fashion_mnist_folder, read_idx
 from sfumato.errors import UserError
 from sfumato.io.atomic import hash_tensors
 from sfumato.predict.networks.unet import UNetConfig
+from sfumato.sampling import Defaults
 from sfumato.train import AutoencoderRecipe, DenoiserRecipe, load_recipe, run_recipe
 from sfumato.train.loop import LoopSettings
 from sfumato.train.recipe import DataSettings
@@ -189,7 +190,12 @@ def test_a_recipe_trains_a_model_that_opens(file: Path, some_fashion: Path, tmp_
 def small(source: Path, **options: Any) -> tuple[AutoencoderRecipe, DenoiserRecipe]:
     data = DataSettings(source=str(source), **options)
     return AutoencoderRecipe(data, TINY_KL, loop=LOOP), DenoiserRecipe(
-        data=data, network=TINY_NET, loop=LOOP, schedule="flow", parameterization="flow"
+        data=data,
+        network=TINY_NET,
+        loop=replace(LOOP, previews=2),
+        schedule="flow",
+        parameterization="flow",
+        defaults=Defaults(steps=2),
     )
 
 

@@ -326,7 +326,7 @@ class _Opened:
         if self.names[1] is not None:
             return f"the split {self.names[1]}"
         if self.shared:
-            return "they were trained on too: none could be held out without emptying a class"
+            return "they were trained on too: none could be held out"
         if self.held_out is not None:
             return "those that the model's training held out"
         return f"no test split: a share of {self.share:g}, the same in every run"
@@ -428,8 +428,8 @@ def divide(
     if not held:
         if count > 1:
             logger.warning(
-                "none of %d images can be held out without emptying a class: held-out numbers "
-                "are those of training images", count,
+                "none of %d images can be held out without emptying a class or the training "
+                "images: held-out numbers are those of training images", count,
             )  # fmt: skip
         return torch.arange(count), order[: kept or 1].sort().values
     chosen = torch.zeros(count, dtype=torch.bool)
