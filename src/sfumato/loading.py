@@ -163,7 +163,8 @@ def open_model(source: str | Path, options: LoadOptions) -> LatentDiffusion:
     models = bundled()
     path = models.get(str(source), expand_user(source))
     if not path.exists() and (hub_id := hub.parse_id(str(source), options.revision)):
-        path = hub.download(hub_id, options.variant, folders.replaced_parts(options))
+        replaced = folders.replaced_parts(options.transformer, options.vae)
+        path = hub.download(hub_id, options.variant, replaced)
     elif options.revision is not None and path.exists():
         raise UserError(
             f"revision {options.revision!r} with {str(source)!r}, which is on this machine: "

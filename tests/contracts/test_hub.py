@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -14,7 +15,8 @@ from safetensors.torch import load_file, save_file
 import sfumato
 from helpers.hub import COMMIT, Hub, Repository, point_to, serve
 from helpers.pipelines import save_pipelines, tiny_pipeline
-from sfumato.checkpoints.hub import HubId, download, parse_id
+from sfumato.checkpoints.hub import HubId, download, download_headers, parse_id
+from sfumato.cli import main
 from sfumato.errors import UserError
 
 PARTS = {
@@ -187,6 +189,33 @@ def test_the_pipeline_of_a_community(hub: Hub, tmp_path: Path) -> None:
     assert hub.weights() == [
         f"{part}/diffusion_pytorch_model.safetensors" for part in sorted(parts)
     ]
+
+
+def test_info_downloads_no_weights(
+    hub: Hub, sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same facts as of the folder, from configs and headers."""
+
+    def facts(model: object, *options: str) -> dict[str, Any]:
+        assert main(["info", str(model), "--variant", "fp16", "--json", *options]) == 0
+        values = json.loads(capsys.readouterr().out)
+        for key in ("model", "name"):  # names of folders
+            del values[key]
+        del values["memory"]["machine"], values["memory"]["ways"]
+        return values
+
+    expected, result = facts(sdxl), facts("a/sdxl", "--revision", "main")
+    assert not hub.weights()
+    files = result.pop("files")
+    assert files.items() <= expected["files"].items() | {"all": files["all"]}.items()
+    assert {name for name in files if name.endswith(".safetensors")} == {*weights(".fp16")}
+    del expected["files"]
+    assert result == expected
+    folder = download(HubId("a/sdxl"), "fp16")
+    assert download_headers(HubId("a/sdxl"), tmp_path, "fp16") == folder, (
+        "the cache has the weights"
+    )
+    assert not any(tmp_path.glob("*/unet"))
 
 
 # ---- revisions -----------------------------------------------------------------------------------

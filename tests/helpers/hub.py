@@ -122,9 +122,13 @@ def serve(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             if name not in names:
                 return 404, {"X-Error-Code": "EntryNotFound"}, b""
             content = (folder / name).read_bytes()
+            etag = hashlib.sha1(content).hexdigest()
+            span = self.headers["Range"]
+            if body and span:
+                start, end = map(int, span.removeprefix("bytes=").split("-"))
+                return 206, {"X-Repo-Commit": commit}, content[start : end + 1]
             if body:
                 hub.downloads.append(name)
-            etag = hashlib.sha1(content).hexdigest()
             return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": commit}, content
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

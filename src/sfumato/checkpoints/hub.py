@@ -10,8 +10,10 @@ that a model which cannot be opened is refused before its weights.
 
 import errno
 import glob
+import json
 import logging
 import re
+import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +40,8 @@ log = logging.getLogger("sfumato")
 _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.+))?")
 _SMALL = (".json", ".txt", ".model", ".jinja")
 """Endings of configs and tokenizers."""
+_METADATA, _LARGEST_HEADER = "__metadata__", 100_000_000
+"""Of the safetensors format: the key that is no tensor, and the bytes of the largest header."""
 _TOKEN = "`hf auth login`, or the variable HF_TOKEN"
 
 
@@ -95,42 +99,102 @@ def download(source: HubId, variant: str | None = None, replaced: Collection[str
             a variant that no part has, and a failed download.
     """
     with _explained(source):
-        from huggingface_hub import HfApi
+        chosen = _choose(source, variant, replaced)
+        if chosen.commit is None or not chosen.weights:
+            return chosen.folder
+        return _fetch(chosen.commit, chosen.weights)
 
-        try:
-            info = HfApi().model_info(source.name, revision=source.revision)
-            names = sorted(file.rfilename for file in info.siblings or ())
-        except Exception as error:
-            # offline, a repository that is gone or gated now: a copy in the cache is still good
-            folder = None if "RevisionNotFoundError" in _kinds(error) else _cached(source)
-            if folder is None:
-                raise
-            _require_cached(source, folder, variant, replaced, error)
-            if not _is_offline(error):
-                log.warning("%s: taken from the cache, because %s", source, _cause(source, error))
-            return folder
-        if INDEX not in names:
-            raise _no_index(source, names)
-        folder = _fetch(source, [INDEX])
-        # a push between two calls would mix two versions: all files are of this one's commit
-        commit = HubId(source.name, folder.name)
-        if info.sha != commit.revision:
-            info = HfApi().model_info(commit.name, revision=commit.revision)
-            names = sorted(file.rfilename for file in info.siblings or ())
-        index = read_index(folder)
-        files = {part: _files_below(part, names) for part in parts_of(index)}
-        small = [n for below in files.values() for n in below if n.endswith(_SMALL)]
-        indices = [name for name in small if ".index." in Path(name).name]
-        _fetch(commit, [INDEX, *(name for name in small if name not in indices)])
-        needed = {part: below for part, below in files.items() if part not in replaced}
-        for part in needed:
-            _check_config(folder / part / "config.json", index[part])
-        weights = _weights(source, needed, variant)
-        indices = [name for name in weights if name.endswith(".json")]
-        if indices:
-            _fetch(commit, indices)
-        weights = _with_shards(folder, needed, weights)
-        return _fetch(commit, weights) if weights else folder
+
+def download_headers(
+    source: HubId, place: Path, variant: str | None = None, replaced: Collection[str] = ()
+) -> Path:
+    """Download a model's configs, and of its weights the headers: names, shapes and dtypes.
+
+    Args:
+        source: The repository.
+        place: A folder for a copy of the model, whose weights are zeros that take no place on disk.
+        variant: As in `download`.
+        replaced: As in `download`.
+
+    Returns:
+        The copy; or the folder of the snapshot, where the cache has the weights, or they are
+        pickled, have no header, and are downloaded.
+
+    Raises:
+        UserError: As in `download`.
+    """
+    with _explained(source):
+        chosen = _choose(source, variant, replaced)
+        commit, weights = chosen.commit, chosen.weights
+        if commit is None or all((chosen.folder / name).exists() for name in weights):
+            return chosen.folder
+        if any(not name.endswith(".safetensors") for name in weights):
+            log.warning("%s: its weights are pickled, and are downloaded to be read", source)
+            return _fetch(commit, weights)
+        copy = place / chosen.folder.name
+        for name in (*chosen.small, *weights):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        for name in chosen.small:
+            shutil.copyfile(chosen.folder / name, copy / name)
+        for name in weights:
+            _copy_header(commit, name, copy / name)
+        return copy
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The files of a model.
+
+    Attributes:
+        commit: The repository at one commit; None: all files are in the cache.
+        folder: The snapshot, which has `small`.
+        small: Configs, tokenizers and indices of shards.
+        weights: Files of weights.
+    """
+
+    commit: HubId | None
+    folder: Path
+    small: Sequence[str] = ()
+    weights: Sequence[str] = ()
+
+
+def _choose(source: HubId, variant: str | None, replaced: Collection[str]) -> _Chosen:
+    """Choose the files of a model, and download those that are no weights."""
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().model_info(source.name, revision=source.revision)
+        names = sorted(file.rfilename for file in info.siblings or ())
+    except Exception as error:
+        # offline, a repository that is gone or gated now: a copy in the cache is still good
+        folder = None if "RevisionNotFoundError" in _kinds(error) else _cached(source)
+        if folder is None:
+            raise
+        _require_cached(source, folder, variant, replaced, error)
+        if not _is_offline(error):
+            log.warning("%s: taken from the cache, because %s", source, _cause(source, error))
+        return _Chosen(None, folder)
+    if INDEX not in names:
+        raise _no_index(source, names)
+    folder = _fetch(source, [INDEX])
+    # a push between two calls would mix two versions: all files are of this one's commit
+    commit = HubId(source.name, folder.name)
+    if info.sha != commit.revision:
+        info = HfApi().model_info(commit.name, revision=commit.revision)
+        names = sorted(file.rfilename for file in info.siblings or ())
+    index = read_index(folder)
+    files = {part: _files_below(part, names) for part in parts_of(index)}
+    small = [n for below in files.values() for n in below if n.endswith(_SMALL)]
+    small = [INDEX, *(name for name in small if ".index." not in Path(name).name)]
+    _fetch(commit, small)
+    needed = {part: below for part, below in files.items() if part not in replaced}
+    for part in needed:
+        _check_config(folder / part / "config.json", index[part])
+    weights = _weights(source, needed, variant)
+    indices = [name for name in weights if name.endswith(".json")]
+    if indices:
+        _fetch(commit, indices)
+    return _Chosen(commit, folder, small + indices, _with_shards(folder, needed, weights))
 
 
 def _weights(source: HubId, files: Mapping[str, Sequence[str]], variant: str | None) -> list[str]:
@@ -190,6 +254,38 @@ def _fetch(source: HubId, names: Sequence[str]) -> Path:
 
     patterns = [glob.escape(name) for name in names]
     return Path(snapshot_download(source.name, revision=source.revision, allow_patterns=patterns))
+
+
+def _copy_header(commit: HubId, name: str, place: Path) -> None:
+    """Write a safetensors file with the header of one in a repository, and zeros.
+
+    Running statistics, which describe latents, are those of the file.
+    """
+    size = int.from_bytes(_read_range(commit, name, 0, 8), "little")
+    if size > _LARGEST_HEADER:
+        raise UserError(f"{commit} has {name}, which is no safetensors file: it may be damaged")
+    start = 8 + size
+    text = _read_range(commit, name, 8, start)
+    entries = {k: entry["data_offsets"] for k, entry in json.loads(text).items() if k != _METADATA}
+    with place.open("wb") as file:
+        file.write(size.to_bytes(8, "little") + text)
+        file.truncate(start + max((end for _, end in entries.values()), default=0))
+        for begin, end in (span for key, span in entries.items() if ".running_" in key):
+            file.seek(start + begin)
+            file.write(_read_range(commit, name, start + begin, start + end))
+
+
+def _read_range(commit: HubId, name: str, start: int, end: int) -> bytes:
+    """Read bytes of a file in a repository."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    url = hf_hub_url(commit.name, name, revision=commit.revision)
+    headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
+    response = get_session().get(url, headers=headers, timeout=30)
+    hf_raise_for_status(response)
+    # a service without ranges sends the whole file
+    return response.content if response.status_code == 206 else response.content[start:end]
 
 
 def _cached(source: HubId) -> Path | None:

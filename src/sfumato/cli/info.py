@@ -4,7 +4,9 @@
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +33,7 @@ class Info(ModelOptions):
     """
 
     model: tyro.conf.Positional[str] = "fashion"
-    """Bundled name, folder in the diffusers layout, single file or Hub id."""
+    """Bundled name, folder in the diffusers layout, single file or Hub id (no weight is read)."""
     sampler: Annotated[str | None, unset(MODELS)] = None
     """Sampler, for a folder whose scheduler class is not known."""
     machine: bool = False
@@ -61,23 +63,23 @@ def info(arguments: Sequence[str]) -> None:
     from sfumato.checkpoints.memory_estimate import report
     from sfumato.loading import load, open_model
 
-    place = _place(options.model)
-    memory = None if place is None else report(place, options.variant)
     reading = options.reading(options.sampler)
     facts: dict[str, Any] = {"model": options.model}
-    if options.hash:
-        limit: dict[str, Any] = {}
-        fits = {} if memory is None else memory["ways"].get("in memory, float32", {})
-        if memory is not None and not fits.get("fits", True):
-            limit["memory"] = memory["machine"]["available"]
-        facts["hash"] = load(options.model, **limit, **reading).hash
-    # the weights stay in their files
-    model = open_model(options.model, LoadOptions(stored=True, **reading))
-    facts |= model.describe(hash=False)
-    facts.setdefault("class_names", list(model.class_names))
-    if memory is not None:
-        facts["memory"] = memory if options.json else _in_words(memory)
-    facts["files"] = {} if place is None else _files(place)
+    with _opened(options, reading) as (source, place):
+        memory = None if place is None else report(place, options.variant)
+        if options.hash:
+            limit: dict[str, Any] = {}
+            fits = {} if memory is None else memory["ways"].get("in memory, float32", {})
+            if memory is not None and not fits.get("fits", True):
+                limit["memory"] = memory["machine"]["available"]
+            facts["hash"] = load(source, **limit, **reading).hash
+        # the weights stay in their files
+        model = open_model(source, LoadOptions(stored=True, **reading))
+        facts |= model.describe(hash=False)
+        facts.setdefault("class_names", list(model.class_names))
+        if memory is not None:
+            facts["memory"] = memory if options.json else _in_words(memory)
+        facts["files"] = {} if place is None else _files(place)
     _print(facts, options.json)
 
 
@@ -192,8 +194,36 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+@contextmanager
+def _opened(options: Info, reading: dict[str, Any]) -> Iterator[tuple[str | Path, Path | None]]:
+    """The model, and its path on this disk where it has one.
+
+    Of a model of the Hub the weights are not downloaded, but for their hash.
+
+    Args:
+        options: The command's.
+        reading: The arguments of `load`; a revision is taken out where it is done with.
+    """
+    from sfumato.checkpoints import hub
+    from sfumato.checkpoints.formats.folder import replaced_parts
+
+    place = _place(options.model)
+    hub_id = None if place is not None else hub.parse_id(options.model, options.revision)
+    if hub_id is None or options.hash:
+        yield options.model, place
+        return
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        replaced = replaced_parts(options.transformer, options.vae)
+        copy = hub.download_headers(hub_id, Path(temporary), options.variant, replaced)
+        reading["revision"] = None
+        try:
+            yield copy, copy
+        except UserError as error:  # name the model instead of the temporary folder
+            raise UserError(str(error).replace(str(copy), str(hub_id))) from error
+
+
 def _place(model: str) -> Path | None:
-    """Path of a model on this disk; None for one in the Hub's cache."""
+    """Path of a model on this disk; None for one of the Hub."""
     import sfumato
 
     bundled = Path(sfumato.__file__).parent / "bundled" / model

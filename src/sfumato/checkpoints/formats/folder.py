@@ -151,11 +151,16 @@ def parts_of(index: Mapping[str, Any]) -> list[str]:
     return [name for name in listed if name in read or name.startswith((*_TEXTS, "tokenizer"))]
 
 
-def replaced_parts(options: LoadOptions) -> set[str]:
-    """Return the folders of the parts whose weights are read from elsewhere."""
-    networks = () if options.transformer is None else NETWORKS
+def replaced_parts(transformer: object, vae: object) -> set[str]:
+    """Return the folders of the parts whose weights are read from elsewhere.
+
+    Args:
+        transformer: the file that replaces the network; None: there is none.
+        vae: the file or folder that replaces the autoencoder; None: there is none.
+    """
+    networks = () if transformer is None else NETWORKS
     autoencoders = {family.autoencoder_folder for family in families.registered()}
-    return {*networks, *(() if options.vae is None else autoencoders)}
+    return {*networks, *(() if vae is None else autoencoders)}
 
 
 def stems_of(part: str) -> tuple[str, str | None]:
@@ -341,7 +346,8 @@ def read(path: Path, name: str, options: LoadOptions) -> Checkpoint:
             f"{path}/model_index.json has is_cosxl_edit=true, a model whose image latents are "
             "scaled, which is not supported: use another InstructPix2Pix model"
         )
-    require_variant(path, weight_files(path, index, replaced_parts(options)), options.variant)
+    replaced = replaced_parts(options.transformer, options.vae)
+    require_variant(path, weight_files(path, index, replaced), options.variant)
     defaults = {} if family is None else dict(family.autoencoder_defaults)
     components = {"vae": _read_vae(path / vae, options, defaults, index)}
     if options.transformer is None:
