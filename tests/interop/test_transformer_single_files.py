@@ -392,6 +392,52 @@ def test_convert_follows_the_classes_of_model_index(
     assert (result.hash, result.denoiser.process) == (model.hash, model.denoiser.process)
 
 
+SCHEDULER = "scheduler/scheduler_config.json"
+MOVED = {"base_shift": 0.4, "max_shift": 1.3, "base_image_seq_len": 4, "max_image_seq_len": 30}
+FIELDS: list[tuple[str, str, dict[str, Any]]] = [
+    ("sd3", SCHEDULER, {"shift": 2.0}),
+    ("sd3", SCHEDULER, {"use_dynamic_shifting": True, **MOVED}),
+    ("sd3", "transformer/config.json", {"sample_size": 4}),
+    ("sd3", "tokenizer_2/tokenizer_config.json", {"pad_token": "a"}),
+    ("sd3", "tokenizer_3/tokenizer_config.json", {"model_max_length": 20}),
+    ("flux", SCHEDULER, MOVED),
+    ("flux", SCHEDULER, {"time_shift_type": "linear"}),
+    ("flux", SCHEDULER, {"shift_terminal": 0.1}),
+    ("schnell", SCHEDULER, {"shift": 3.0}),
+]
+"""Fields of folders that both single files keep, those of `save` and of `convert`."""
+
+
+@pytest.mark.parametrize(("name", "file", "fields"), FIELDS)
+def test_fields_that_are_kept(
+    name: str, file: str, fields: dict[str, Any], saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def facts(place: Path) -> tuple[Any, ...]:
+        model = sfumato.load(place)
+        encoders = model.conditioner.encoders
+        tokens = [encoder.tokenizer for encoder in encoders.values()]
+        lengths = [(token.model_max_length, token.pad_token) for token in tokens]
+        configs = [model.denoiser.network.to_config(), model.conditioner.to_config()]
+        parts = (model.hash, model.denoiser.process, model.defaults, model.autoencoder.space)
+        return (*parts, configs, lengths)
+
+    folder = Path(shutil.copytree(saved(name) / "folder", tmp_path / "folder"))
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["_sfumato"]  # as of another program, whose scheduler decides
+    (folder / "model_index.json").write_text(json.dumps(index))
+    usual = facts(folder)
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(config | fields))
+    expected = facts(folder)
+    assert expected != usual, "the field counts"
+    sfumato.load(folder).save(tmp_path / "again")
+    sfumato.load(folder).save(tmp_path / "a.safetensors")
+    for source, target in (("folder", "b.safetensors"), ("b.safetensors", "back")):
+        assert main(["convert", str(tmp_path / source), str(tmp_path / target)]) == 0
+    for place in ("again", "a.safetensors", "b.safetensors", "back"):
+        assert facts(tmp_path / place) == expected, place
+
+
 def test_half_precision(
     models: dict[str, LatentDiffusion], saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
