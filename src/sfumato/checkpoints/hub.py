@@ -41,7 +41,7 @@ _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.+))?")
 _SMALL = (".json", ".txt", ".model", ".jinja")
 """Endings of configs and tokenizers."""
 _METADATA, _LARGEST_HEADER = "__metadata__", 100_000_000
-"""Of the safetensors format: the key that is no tensor, and the bytes of the largest header."""
+"""Of safetensors: the key that is no tensor, and the bytes of the largest header."""
 _TOKEN = "`hf auth login`, or the variable HF_TOKEN"
 
 
