@@ -44,7 +44,7 @@ from sfumato.compress.kl import AutoencoderKL, KLConfig
 from sfumato.diffuse.parameterization import parameterization
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
-from sfumato.errors import UserError
+from sfumato.errors import Stopped, UserError
 from sfumato.io import atomic
 from sfumato.io.atomic import NotWritten, atomic_folder, read_tensors, recover, write_tensors
 from sfumato.predict.conditioners.class_names import ClassNames
@@ -952,6 +952,33 @@ def train_together(
         train(network, settings, out, on_step=each)
 
     return gather(count, work)
+
+
+def test_two_processes_stop_together_at_the_signal_of_one(tmp_path: Path) -> None:
+    """After the same step; one checkpoint is written, with which one process goes on."""
+    settings = replace(LOOP, batch_size=8, save_every=7)
+
+    def work(rank: int) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # scripts' jobs ignore it
+        if rank > 0:
+            checkpoint.save = die  # type: ignore[assignment]  # one process writes
+
+        def each(done: int) -> None:
+            if done == 3 and rank == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        try:
+            train(Curve(), settings, tmp_path / "run", on_step=each)
+        except Stopped as stopped:
+            (tmp_path / str(rank)).write_text(str(stopped))
+
+    assert gather(2, work) == [0, 0]
+    words = [(tmp_path / str(rank)).read_text() for rank in range(2)]
+    assert words[0] == words[1] and "the checkpoint of step 4 of 7 is in" in words[0]
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [4]
+    stopped, whole = (train(Curve(), settings, tmp_path / name) for name in ("run", "whole"))
+    pairs = zip(stopped.parameters(), whole.parameters(), strict=True)
+    assert all((a - b).abs().max() < 1e-9 for a, b in pairs)
 
 
 def newest(out: Path, name: str) -> dict[str, Tensor]:
