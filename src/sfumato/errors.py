@@ -101,7 +101,12 @@ def system_error(error: BaseException) -> UserError | None:
     return None
 
 
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory")
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "Storage size calculation overflowed",
+)
 """Signs of torch's errors, which are RuntimeErrors."""
 
 

@@ -55,6 +55,16 @@ def positive_int(name: str, value: Any, unit: str = "", hint: str = "") -> int:
     return whole_number(name, value, at_least=1, unit=unit, hint=hint)
 
 
+MOST_IMAGES = 2**20
+"""Images of a request: the seeds of many more would fill the memory."""
+
+
+def image_count(name: str, value: Any) -> int:
+    """Return a number of images, from 1 to `MOST_IMAGES`."""
+    positive_int(name, value)
+    return whole_number(name, value, at_most=MOST_IMAGES)
+
+
 def seed_number(name: str, value: Any, n: int = 1) -> int:
     """Return the first seed of n images, which have seed, seed + 1, ... up to 2^64 - 1.
 

@@ -238,3 +238,16 @@ def test_a_write_where_a_file_has_the_name_of_the_folder_ends(
         with pytest.raises(FileExistsError):
             write_image(Path("folder/a.png"), Image.new("L", (2, 2)), {}, overwrite)
         assert tried == [Path("folder/a.png")]
+
+
+def test_a_model_in_the_home_folder_is_left(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shell does not expand --out=~/model."""
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    Path("model").mkdir()
+    Path("model/model_index.json").write_text("{}")
+    assert (
+        main(["tune-timesteps", str(tiny), "--steps", "2", "--images", "2", "--out=~/model"]) == 2
+    )
+    assert f"--out {Path.cwd() / 'model'} exists and is left" in capsys.readouterr().err

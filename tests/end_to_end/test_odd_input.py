@@ -178,6 +178,7 @@ def test_a_flag_without_its_value_is_the_parsers_error(capsys: pytest.CaptureFix
         (MemoryError(), "the memory does not suffice (none is left)"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "fewer images"),
         (torch.OutOfMemoryError("CUDA out of memory."), "fewer images"),
+        (RuntimeError("Storage size calculation overflowed with sizes=[9]"), "fewer images"),
     ],
 )
 def test_errors_of_the_system_are_explained(

@@ -474,6 +474,17 @@ def test_places_in_a_ring_never_overlap() -> None:
             assert ring.find(who) == at and (not turn % 2 or ring.find(keep) == held)
 
 
+def test_freed_maps_between_others_go_back_to_the_system(tiny: Path) -> None:
+    """glibc keeps blocks like those that it has seen freed in its heap."""
+    sfumato.load(tiny, memory="64GB")
+    size = 2**24
+    torch.ones(size // 2).add_(1)  # 32 MiB, from which on glibc has no threshold of its own
+    maps = [torch.ones(size // 4) for _ in range(4)]
+    before = host_memory.resident_bytes() or 0
+    maps[:3] = []
+    assert before - (host_memory.resident_bytes() or 0) > 2.9 * size
+
+
 def test_a_room_goes_back_to_the_system() -> None:
     gc.collect()  # tensors of earlier tests are freed now, not during the measurement
     before = host_memory.resident_bytes()

@@ -19,7 +19,7 @@ from sfumato.cli._output import (
     write_images,
 )
 from sfumato.errors import UserError
-from sfumato.validate import number_in, one_of, seed_number
+from sfumato.validate import image_count, number_in, one_of, seed_number
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -90,6 +90,7 @@ def check_options(
         else:
             number_in("strength", strength, at_most=1, above=0)
     n = options.n if isinstance(options.n, int) else 1
+    image_count("--n", n)
     seed_number("--seed", options.seed, n if by_seed else 1)
     if options.memory is not None:
         parse_size(options.memory)

@@ -37,6 +37,7 @@ from sfumato.sampling.request import (
 from sfumato.types import Conditioning, ImageSpec, LatentSpace
 from sfumato.validate import (
     LONGEST_SIDE,
+    image_count,
     number_in,
     one_of,
     positive_int,
@@ -155,7 +156,7 @@ def resolve_settings(model: Model, request: Request) -> Settings:
     """
     defaults = model.defaults
     one_of("way to decode", request.decoding, DECODINGS)
-    n = positive_int("n", request.count)
+    n = image_count("n", request.count)
     steps = defaults.steps if request.steps is None else request.steps
     if request.timesteps is not None:
         steps = len(check_times(request.timesteps)) - 1

@@ -19,7 +19,7 @@ from sfumato.inference.offload.streaming import (
     streamer_of,
 )
 from sfumato.inference.prepack import clone_sharing_weights
-from sfumato.io.host_memory import can_drop_pages
+from sfumato.io.host_memory import can_drop_pages, return_large_blocks
 from sfumato.predict.conditioners.base import Conditioner
 from sfumato.sampling.request import Model
 
@@ -82,6 +82,8 @@ def offload_model(
             "a memory limit on the CPU needs Linux, which can drop pages of files: "
             "open the model without --memory (memory=)"
         )
+    if where.type == "cpu":
+        return_large_blocks()
     memory = MemoryBudget(limit, where)
     computed = dtype or next(model.denoiser.network.parameters()).dtype
     streamers: list[WeightStreamer] = []
