@@ -478,7 +478,7 @@ def test_freed_maps_between_others_go_back_to_the_system(tiny: Path) -> None:
     """glibc keeps blocks like those that it has seen freed in its heap."""
     sfumato.load(tiny, memory="64GB")
     size = 2**24
-    torch.ones(size // 2).add_(1)  # 32 MiB, from which on glibc has no threshold of its own
+    torch.ones(size // 4).add_(1)  # of the size from which on glibc now asks the system
     maps = [torch.ones(size // 4) for _ in range(4)]
     before = host_memory.resident_bytes() or 0
     maps[:3] = []
