@@ -88,7 +88,7 @@ def _malloc_trim() -> Any:
 
 
 def return_large_blocks() -> None:
-    """Let the C library return each block from 1 MiB on to the system when it is freed (glibc).
+    """Let the C library (glibc) return blocks from 1 MiB on to the system when freed.
 
     Else blocks up to 32 MiB stay in its heap between others that are in use: hundreds of megabytes
     in a run of Stable Diffusion. It holds for the whole process, until its end.
