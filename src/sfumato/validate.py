@@ -59,10 +59,20 @@ MOST_IMAGES = 2**20
 """Images of a request: the seeds of many more would fill the memory."""
 
 
+MOST_STEPS = 2**20
+"""Steps of a run: the times of many more would fill the memory."""
+
+
 def image_count(name: str, value: Any) -> int:
     """Return a number of images, from 1 to `MOST_IMAGES`."""
     positive_int(name, value)
     return whole_number(name, value, at_most=MOST_IMAGES)
+
+
+def step_count(name: str, value: Any) -> int:
+    """Return a number of steps, from 1 to `MOST_STEPS`."""
+    positive_int(name, value)
+    return whole_number(name, value, at_most=MOST_STEPS)
 
 
 def seed_number(name: str, value: Any, n: int = 1) -> int:

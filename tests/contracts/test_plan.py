@@ -62,6 +62,7 @@ MASK = torch.ones(1, 1, 8, 8)
 REFUSED: list[tuple[dict[str, Any], str]] = [
     # the numbers of a run
     ({"n": 0}, "n=0: expected a whole number of at least 1"),
+    ({"steps": 10**14}, f"steps={10**14}: expected a whole number of at most {2**20}"),
     ({"n": 10**14}, f"n={10**14}: expected a whole number of at most {2**20}"),
     ({"prompt": ["bag"] * 2, "n": 3}, "n=3 with 2 prompts"),
     ({"steps": 0}, "steps=0"),

@@ -19,7 +19,7 @@ from sfumato.cli._output import (
     write_images,
 )
 from sfumato.errors import UserError
-from sfumato.validate import image_count, number_in, one_of, seed_number
+from sfumato.validate import image_count, number_in, one_of, seed_number, step_count
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -91,6 +91,8 @@ def check_options(
             number_in("strength", strength, at_most=1, above=0)
     n = options.n if isinstance(options.n, int) else 1
     image_count("--n", n)
+    if isinstance(steps := vars(options).get("steps"), int):
+        step_count("--steps", steps)
     seed_number("--seed", options.seed, n if by_seed else 1)
     if options.memory is not None:
         parse_size(options.memory)

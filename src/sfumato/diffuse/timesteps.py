@@ -25,7 +25,7 @@ import torch
 from sfumato.diffuse.schedule import NO_SIGNAL, Schedule
 from sfumato.diffuse.schedule_transforms import dynamic_shift, flux2_shift, shifted_time
 from sfumato.errors import UserError
-from sfumato.validate import number_in, one_of, positive_int, whole_number
+from sfumato.validate import number_in, one_of, step_count, whole_number
 
 # Timesteps of 1000 that the paper's authors published for ten steps of these models.
 ALIGN_YOUR_STEPS = {
@@ -408,7 +408,7 @@ def timesteps(
         UserError: For an unknown spacing, options that it cannot have, or too many steps.
     """
     one_of("timestep spacing", spacing, SPACINGS)
-    positive_int("steps", steps)
+    step_count("steps", steps)
     if schedule.grid is not None and steps > schedule.grid:
         raise UserError(
             f"steps={steps}: the model's noise table has {schedule.grid} times, "

@@ -40,8 +40,8 @@ from sfumato.validate import (
     image_count,
     number_in,
     one_of,
-    positive_int,
     seed_number,
+    step_count,
     whole_number,
 )
 
@@ -162,7 +162,7 @@ def resolve_settings(model: Model, request: Request) -> Settings:
         steps = len(check_times(request.timesteps)) - 1
     guidance, distilled = _guidance(model, request)
     sampler = defaults.sampler if request.sampler is None else request.sampler
-    positive_int("steps", steps)
+    step_count("steps", steps)
     _check_sampler(sampler, guidance)
     height, width = (
         whole_number(
