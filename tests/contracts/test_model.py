@@ -1256,11 +1256,11 @@ def test_impossible_requests_are_refused(model: LatentDiffusion, values: dict, w
 
 
 def test_inversion_finds_the_noise_that_makes_the_image_again(fashion: LatentDiffusion) -> None:
-    z = latents(fashion, ["dress", "bag"], steps=15, guidance=1.0, seed=5)
+    z = latents(fashion, "dress", steps=12, guidance=1.0, seed=5)
     errors = []
-    for iterations in (1, 5, 20):
-        noise = fashion.invert(z, ["dress", "bag"], steps=15, iterations=iterations)
-        again = latents(fashion, ["dress", "bag"], noise=noise, steps=15, guidance=1.0)
+    for iterations in (1, 5, 15):
+        noise = fashion.invert(z, "dress", steps=12, iterations=iterations)
+        again = latents(fashion, "dress", noise=noise, steps=12, guidance=1.0)
         errors.append(float((again - z).norm() / z.norm()))
     assert errors[2] < 0.01 and errors[1] < errors[0] / 5, errors
 

@@ -643,7 +643,7 @@ def test_an_unknown_model_lists_those_that_travel_in_the_package(
     with pytest.raises(
         UserError,
         match=re.escape(
-            f"expected a bundled name ({available}), a folder, or a hub id such as owner/name"
+            f"expected a bundled name ({available}), a folder, a file, or a hub id such as "
         ),
     ):
         sfumato.load("nope")

@@ -19,6 +19,7 @@ from sfumato.cli import main
 from sfumato.cli._output import target, write_image
 from sfumato.errors import UserError
 from sfumato.images import read_parameters, write_png
+from sfumato.io.atomic import NotWritten
 
 RUN = ("--steps", "1")
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -235,7 +236,7 @@ def test_a_write_where_a_file_has_the_name_of_the_folder_ends(
     monkeypatch.setattr("sfumato.images.write_png", write)
     for overwrite in (False, True):
         tried.clear()
-        with pytest.raises(FileExistsError):
+        with pytest.raises(NotWritten, match="folder is not a folder"):
             write_image(Path("folder/a.png"), Image.new("L", (2, 2)), {}, overwrite)
         assert tried == [Path("folder/a.png")]
 

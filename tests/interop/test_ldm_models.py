@@ -23,6 +23,7 @@ from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import (
     LDMBertModel,
     LDMTextToImagePipeline,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -891,7 +892,12 @@ def test_a_table_without_a_row_for_none(tmp_path: Path) -> None:
     """
     model = class_conditional(1000)
     model.save(tmp_path / "one.safetensors")
-    model = load(tmp_path / "one.safetensors")
+    path = tmp_path / "one.safetensors"
+    with safe_open(path, "pt") as file:
+        notes = file.metadata()
+    del notes["sfumato.model"]  # a file of its authors has no defaults
+    save_file(load_file(path), path, notes)
+    model = load(path)
     assert model.defaults.guidance == 1.0 and len(model.class_names) == 1000
     small: dict[str, Any] = {"height": 16, "width": 16, "steps": 2, "output": "tensor"}
     assert model.generate("999", **small).isfinite().all()

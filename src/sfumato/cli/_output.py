@@ -225,7 +225,7 @@ def write_image(path: Path, image: "Image", parameters: Mapping[str, Any], overw
             try:
                 return write_png(file, image, parameters, replace=overwrite)
             except FileExistsError:
-                if overwrite or not file.parent.is_dir():  # no other name is free either
+                if overwrite:
                     raise
     raise AssertionError
 
