@@ -26,7 +26,8 @@ from torch import Tensor
 _USED = 0.75  # share of the threads' processor time below which fewer threads are tried
 _GAIN = 0.9  # share of the time that another number of threads must take to be used
 _LONG = 2.0  # seconds of a call from which threads stay: its layers are longer than the waiting
-_FIRST, _LAST = 32, 1024  # calls until the next trial, doubled by each trial that changed nothing
+_FIRST, _LAST = 8, 1024  # calls until the next trial, doubled by each trial that changed nothing
+_WAITED = 16  # most calls until the next trial of fewer threads: one trial may have bad luck
 _MOST: ContextVar[int | None] = ContextVar("threads that torch had when a run began", default=None)
 
 
@@ -112,7 +113,8 @@ class ThreadChoice:
         if faster:
             state.threads, state.wait = threads, _FIRST
         else:
-            state.wait = min(_LAST, 2 * state.wait)
+            fewer = threads < state.threads and pair not in state.differ
+            state.wait = min(_WAITED if fewer else _LAST, 2 * state.wait)
             _set_here(state.threads, most)
         # fewer threads may be better still; more are worth a trial later
         state.left = 0 if faster and threads > 1 else state.wait
