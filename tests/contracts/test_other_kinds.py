@@ -5,8 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from sfumato.checkpoints import families
 from sfumato.errors import UserError
@@ -64,10 +62,3 @@ def test_published_adapters() -> None:
         assert (families.kind_of(list(keys)) or "").startswith(kind), path.name
         count += 1
     assert count > 15
-
-
-def test_a_file_of_one_adapter(tmp_path: Path) -> None:
-    file = tmp_path / "x.safetensors"
-    save_file({"a.lora_up.weight": torch.ones(2, 2)}, file)
-    with pytest.raises(UserError, match=r"x\.safetensors is a LoRA or the like"):
-        families.detect({"a.lora_up.weight": (2, 2)}, file)

@@ -50,7 +50,7 @@ def check_names(sampler: str | None, spacing: str | None, guidance: str | None) 
         _check_sampler(Spec.parse(sampler).name)
     if spacing not in (None, "given"):  # as a PNG records times of its own
         name = Spec.parse(spacing).name
-        if name not in SPACINGS and (other := _spacing_elsewhere(name)) is not None:
+        if name not in SPACINGS and (other := OTHER_SPACINGS.get(_bare_name(name))) is not None:
             raise UserError(f"unknown timestep spacing {quoted(name)}: write {other} here")
         _check("timestep spacing", name, SPACINGS)
     if guidance is not None and not guidance.lstrip().startswith("{"):
@@ -89,21 +89,13 @@ def _check_sampler(name: str) -> None:
     if name in samplers:
         return
     bare, spacing = _bare_name(name), ""
-    for words, here in {
-        **OTHER_SPACINGS,
-        **{_bare_name(name): name for name in SPACINGS},
-    }.items():
-        if bare.endswith(words) and len(bare) > len(words):
+    for words, here in (OTHER_SPACINGS | {_bare_name(name): name for name in SPACINGS}).items():
+        if bare.endswith(words) and bare != words:
             bare, spacing = bare.removesuffix(words), f" with --spacing {here}"
     sampler = OTHER_SAMPLERS.get(bare) or {_bare_name(name): name for name in samplers}.get(bare)
     if sampler is None:
         raise unknown("sampler", name, samplers)
     raise UserError(f"unknown sampler {quoted(name)}: write {sampler}{spacing} here")
-
-
-def _spacing_elsewhere(name: str) -> str | None:
-    """The spacing that has this name in other programs."""
-    return OTHER_SPACINGS.get(_bare_name(name))
 
 
 def _bare_name(name: str) -> str:

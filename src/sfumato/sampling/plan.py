@@ -386,10 +386,8 @@ def _read_prompts(
                 )
         first, other = prompt_list(prompt, n), None if second is None else prompt_list(second, n)
         conditioner.check(first, image_spec, other)
-        if settings.prompt_weights is None:
-            _log_unused_weights(model, [*first, *(other or ())])
         if settings.prompt_weights != "none":
-            _log_foreign_notation(model, [*first, *(other or ())])
+            _log_notation(model, settings, [*first, *(other or ())])
         return tuple(first), None if other is None else tuple(other)
 
     prompts, prompts_2 = pair("prompt", request.prompt, request.prompt_2, spec)
@@ -420,23 +418,20 @@ def _read_prompts(
     }
 
 
-def _log_unused_weights(model: Model, prompts: Sequence[str | None]) -> None:
-    """Log brackets that are text for this model's text encoders, and weights elsewhere."""
-    if (text := model.conditioner.unused_weight(prompts)) is not None:
+def _log_notation(model: Model, settings: Settings, prompts: Sequence[str | None]) -> None:
+    """Log brackets and notations of other programs that are text for this model."""
+    unused = None if settings.prompt_weights else model.conditioner.unused_weight(prompts)
+    if unused is not None:
         logger.warning(
             "brackets and BREAK have no effect on this model, which reads them as text (%s): "
             "leave them out, or set prompt_weights='none' (--prompt-weights none) if they are text",
-            quoted(text),
+            quoted(unused),
         )
-
-
-def _log_foreign_notation(model: Model, prompts: Sequence[str | None]) -> None:
-    """Log a notation of other programs, which the text encoders read letter by letter."""
-    if (text := model.conditioner.foreign_notation(prompts)) is not None:
+    elif (notation := model.conditioner.foreign_notation(prompts)) is not None:
         logger.warning(
             "%s is a notation of other programs, and text here: leave it out, "
             "or set prompt_weights='none' (--prompt-weights none) if it is meant as text",
-            quoted(text),
+            quoted(notation),
         )
 
 

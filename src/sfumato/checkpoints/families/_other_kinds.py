@@ -30,7 +30,8 @@ KINDS = (
     (r"^(?:encoder\.down_blocks|decoder\.up_blocks)\.", f"an autoencoder {PART}"),
     (r"^(?:single_)?transformer_blocks\.\d", f"a transformer {PART}"),
     (
-        r"^text_model\.|^embeddings\.token_embedding\.|^(?:encoder|decoder)\.block\.|^(?:model\.)?layers\.\d+\.(?:self_attn|mlp)\.",
+        r"^text_model\.|^embeddings\.token_embedding\."
+        r"|^(?:encoder|decoder)\.block\.|^(?:model\.)?layers\.\d+\.(?:self_attn|mlp)\.",
         "a text encoder, a part of a model: expected the model's folder",
     ),
 )
