@@ -4,9 +4,9 @@
 
 Each way runs in a process of its own, `torch` and the model loaded: "one thread"; "spinning" is
 GNU OpenMP's default, by which a waiting thread spins for milliseconds; "sfumato" is what
-`import sfumato` sets (about 50 microseconds), and a run that adapts its threads
-(inference/threads.py). The limit is the time of one thread beside as many busy processes as leave
-it a core.
+`import sfumato` sets (about 50 microseconds), and a run that adapts its threads; "sfumato after
+torch" is the same where `torch` was imported first (inference/threads.py). The limit is the time of
+one thread beside as many busy processes as leave it a core.
 """
 
 import argparse
@@ -22,7 +22,8 @@ from _common import print_header, print_row
 WAYS = {
     "one thread": {"OMP_NUM_THREADS": "1"},
     "spinning, not adapted": {"GOMP_SPINCOUNT": "300000", "FIXED_THREADS": "1"},
-    "sfumato": {},
+    "sfumato": {"GOMP_SPINCOUNT": "10000"},
+    "sfumato after torch": {},
 }
 
 
