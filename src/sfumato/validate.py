@@ -87,7 +87,11 @@ def seed_number(name: str, value: Any, n: int = 1) -> int:
     """
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 2**64 - n:
         images = "" if n == 1 else f" for {n} images"
-        hint = "sfumato.sampling.random_seed() draws one, as --seed random does"
+        hint = (
+            "--seed random draws one"
+            if name.startswith("--")
+            else "sfumato.sampling.random_seed() draws one"
+        )
         raise _refusal(name, value, f"a whole number from 0 to 2^64 - {n}{images}", hint)
     return value
 

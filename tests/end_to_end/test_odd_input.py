@@ -25,7 +25,7 @@ from sfumato.cli.edit import Edit
 from sfumato.cli.generate import Generate
 from sfumato.cli.info import Info
 from sfumato.cli.interpolate import Interpolate
-from sfumato.cli.train import Export, train
+from sfumato.cli.train import Export
 from sfumato.cli.tune_timesteps import TuneTimesteps
 from sfumato.errors import NumericalError, UserError, system_error
 from sfumato.io.atomic import read_json
@@ -142,27 +142,54 @@ def test_a_dash_of_a_command_without_a_prompt(kind: type, command: str) -> None:
     assert "prompt" not in str(caught.value)
 
 
-def test_help_in_place_of_a_value(capsys: pytest.CaptureFixture[str]) -> None:
-    """It is the parser's, as --help and other flags are."""
+def test_help_in_place_of_a_value() -> None:
+    """It is no value, as other flags are none."""
     for flag in ("-h", "--help"):
-        with pytest.raises(SystemExit):
+        with pytest.raises(UserError, match="--negative-prompt has no value.* --help` explains it"):
             parse(Generate, ["--negative-prompt", flag], "generate")
-        out, err = capsys.readouterr()
-        assert "--negative-prompt" in out + err
 
 
-def test_a_flag_without_its_value_is_the_parsers_error(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (
-        ["--negative-prompt", "--n", "3"],
-        ["--negative-prompt"],
-        ["--out", "--grid"],
-        ["--sampler", "--no-grid"],
-    ):
-        with pytest.raises(SystemExit):
-            parse(Generate, words, "generate")
-        assert "Missing value" in capsys.readouterr().err
-    with pytest.raises(SystemExit):  # flags of a recipe are not those of a dataclass alone
-        train(["denoiser", "fashion_mnist", "--out", "--batch-size"])
+@pytest.mark.parametrize(
+    ("line", "start", "expected"),
+    [
+        ("generate --negative-prompt --n 3", "--negative-prompt has no value", "a text"),
+        ("generate --negative-prompt", "--negative-prompt has no value", "a text"),
+        ("generate --out --grid", "--out has no value", "a text"),
+        ("generate --sampler --no-grid", "--sampler has no value", "a text"),
+        ("generate bag --n -- 3", "--n has no value", "a whole number;"),
+        ("generate bag --seed 1e3", "--seed '1e3'", "a whole number or random"),
+        ("generate bag --seed -1", "--seed=-1", "a whole number from 0 to 2^64 - 1"),
+        ("generate bag --n 1.5", "--n '1.5'", "a whole number;"),
+        ("generate bag --steps= --n 2", "--steps ''", "a whole number;"),
+        ("generate bag --steps None", "--steps 'None'", "a whole number;"),
+        ("generate bag --distilled_guidance high", "--distilled-guidance 'high'", "a number;"),
+        ("generate bag --timesteps 3 x", "--timesteps 'x'", "a number"),
+        ("generate bag --dtype int8", "--dtype 'int8'", "fp32, bf16 or fp16;"),
+        ("generate bag --dtype FP16", "--dtype 'FP16'", "did you mean fp16? "),
+        ("generate bag --grid=3", "'--grid=3'", "write --grid, or --no-grid"),
+        ("upscale --steps 3", "IMAGE is missing", "sfumato upscale IMAGE ..."),
+        ("convert a", "TARGET is missing", "sfumato convert SOURCE TARGET ..."),
+        ("evaluate", "MODEL and --data TEXT are missing", "sfumato evaluate MODEL --data TEXT"),
+        ("info --clip-skip x", "--clip-skip 'x'", "a whole number;"),
+        ("outpaint a.png --left a", "--left 'a'", "a whole number;"),
+        ("tune-timesteps fashion --steps 3 x", "--steps 'x'", "a whole number;"),
+        ("train mode fashion_mnist", "STAGE 'mode'", "autoencoder or denoiser;"),
+        ("train export", "RUN is missing", "sfumato train export RUN ..."),
+        ("train denoiser fashion_mnist --loop.lr abc", "--loop.lr 'abc'", "a number;"),
+        ("train denoiser fashion_mnist --out --batch-size", "--out has no value", "a path;"),
+        ("train denoiser fashion_mnist --data.on-error x", "--data.on-error 'x'", "raise or skip"),
+    ],
+)
+def test_values_that_do_not_parse(
+    line: str, start: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sentence that begins with the setting and its value, not the parser's box."""
+    assert main(line.split()) == 2
+    out, err = capsys.readouterr()
+    sentence = err.splitlines()[-1]
+    assert sentence.startswith(f"sfumato: {start}") and expected in sentence, err
+    assert not out and not any("\u2500" <= sign <= "\u257f" for sign in err)
+    assert len(err.splitlines()) == 1 + line.startswith("train denoiser"), "its recipe is named"
 
 
 # ---- errors of the system ------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Options that commands share. Torch is imported inside functions alone."""
 
+import contextlib
 import difflib
+import io
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -14,13 +16,13 @@ from typing import (
     Literal,
     TypeVar,
     cast,
-    get_args,
     get_type_hints,
 )
 
 import tyro
 
 from sfumato.cli._output import without_logs
+from sfumato.cli._values import bare, custom_name, settings_of, value_error
 from sfumato.errors import CLOSE, UserError, quoted, unknown
 from sfumato.io.paths import expand_user
 
@@ -78,8 +80,8 @@ def parse(
 ) -> T:
     """Fill the dataclass `kind` from the command line.
 
-    Values that do not parse print the reason and exit with code 2. The value of a flag for text
-    may begin with a dash. In a path ~ is the home folder, also in --out=~/a, which a shell leaves.
+    The value of a flag for text may begin with a dash. In a path ~ is the home folder, also in
+    --out=~/a, which a shell leaves.
 
     Args:
         kind: The dataclass.
@@ -90,22 +92,31 @@ def parse(
         none: Allow the word None for a setting that can be None.
 
     Raises:
-        UserError: For unknown flags and words without a flag, a text that is not UTF-8, a dash that
+        UserError: For values that do not parse, settings that are missing, unknown flags and words
+            without a flag, a text that is not UTF-8, a dash that
             makes a text look like a flag, and the home folder of somebody who is not known here.
     """
     options: dict[str, Any] = {} if default is None else {"default": default}
     markers = () if none else (tyro.conf.DisallowNone,)
-    parsed, surplus = tyro.cli(
-        kind,
-        args=_join_dashes(kind, arguments, command),
-        return_unknown_args=True,
-        prog=f"sfumato {command}",
-        description=description,
-        config=(tyro.conf.PositionalMetavarFromFieldName, *markers),
-        **options,
-    )
+    words, printed = _join_dashes(kind, arguments, command), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            parsed, surplus = tyro.cli(
+                kind,
+                args=words,
+                return_unknown_args=True,
+                prog=f"sfumato {command}",
+                description=description,
+                config=(tyro.conf.PositionalMetavarFromFieldName, *markers),
+                **options,
+            )
+    except SystemExit as stop:
+        if not stop.code:  # the help
+            raise
+        filled = default is not None
+        raise value_error(kind, words, command, printed.getvalue(), none, filled) from None
     if surplus:
-        raise _surplus_error(kind, surplus, command)
+        raise _switch_error(kind, words, command) or _surplus_error(kind, surplus, command)
     return _expand_paths(_decode_texts(parsed))
 
 
@@ -134,10 +145,10 @@ def _join_dashes(kind: type, arguments: Sequence[str], command: str) -> list[str
         UserError: For a word with a dash that may be a text or a mistyped flag.
     """
     hints = get_type_hints(kind, include_extras=True)
-    hints = {_custom_name(hint) or name: hint for name, hint in hints.items()}
+    hints = {custom_name(hint) or name: hint for name, hint in hints.items()}
     texts = {_flag(name) for name, hint in hints.items() if _is_text(hint)}
     prompted = "prompt" in hints
-    nested = any(is_dataclass(hint) for hint in map(_bare, hints.values()))  # more flags than these
+    nested = any(is_dataclass(hint) for hint in map(bare, hints.values()))  # more flags than these
     words, waiting = list[str](), iter(arguments)
     for word in waiting:
         words.append(word)
@@ -190,6 +201,21 @@ OTHER_FLAGS = {
 """Flags here, without dashes, by their names in other programs."""
 
 
+def _switch_error(kind: type, words: Sequence[str], command: str) -> UserError | None:
+    """Return the error for a switch with a value, as in --grid=3; None: there is none."""
+    switches = {f"--{s.name}" for s in settings_of(kind) if bare(s.hint) is bool}
+    for word in words:
+        switch, sign, _ = word.replace("_", "-").partition("=")
+        if sign and switch in switches:
+            before, dot, last = switch.removeprefix("--").rpartition(".")
+            no = f"--{before}{dot}no-{last}"
+            return UserError(
+                f"{quoted(word)}: {switch} takes no value; write {switch}, or {no} to undo it "
+                f"(`sfumato {command} --help`)"
+            )
+    return None
+
+
 def _surplus_error(kind: type, words: Sequence[str], command: str) -> UserError:
     """Return the error for words of the command line that no flag and no position takes."""
     help_text = f"`sfumato {command} --help` lists the flags"
@@ -205,7 +231,7 @@ def _surplus_error(kind: type, words: Sequence[str], command: str) -> UserError:
     name = flag.partition("=")[0].lstrip("-").replace("_", "-")
     if "Positional" in repr(hints.get(name.replace("-", "_"))):
         return UserError(f"{quoted(flag)} is no flag of sfumato {command}: give its value alone")
-    flags = _flags_of(kind)
+    flags = [setting.name for setting in settings_of(kind) if not setting.positional]
     near = [other for other in OTHER_FLAGS.get(name, "").split() if other in flags]
     near = near or difflib.get_close_matches(name, flags, n=2, cutoff=CLOSE)
     near = near or [other for other in flags if other.rpartition(".")[2] == name][:3]
@@ -213,34 +239,9 @@ def _surplus_error(kind: type, words: Sequence[str], command: str) -> UserError:
     return UserError(f"unknown flag {quoted(flag)} of sfumato {command}: {hint}{help_text}")
 
 
-def _flags_of(kind: type, before: str = "") -> list[str]:
-    """Names of a dataclass's flags, with those of dataclasses in its fields, without dashes."""
-    flags: list[str] = []
-    for field, hint in get_type_hints(kind, include_extras=True).items():
-        custom = _custom_name(hint)
-        name = before + (field if custom is None else custom).replace("_", "-")
-        if is_dataclass(inner := _bare(hint)):
-            flags += _flags_of(cast(type, inner), f"{name}." if name else "")
-        elif "Positional" not in repr(hint):
-            flags.append(name)
-    return flags
-
-
-def _bare(hint: Any) -> Any:
-    """A type without its notes."""
-    return get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
-
-
-def _custom_name(hint: Any) -> str | None:
-    """The name of a flag that does not have its field's; empty for settings without a prefix."""
-    notes = hint.__metadata__ if hasattr(hint, "__metadata__") else ()
-    names = (getattr(note, "name", None) for note in notes)
-    return next((name for name in names if name is not None), None)
-
-
 def _is_text(hint: Any) -> bool:
     """True for the type of a flag that takes one text or one path."""
-    return _bare(hint) in (str, Path, str | None, Path | None) and "Positional" not in repr(hint)
+    return bare(hint) in (str, Path, str | None, Path | None) and "Positional" not in repr(hint)
 
 
 def _decode_texts(options: T) -> T:
