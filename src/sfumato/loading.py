@@ -161,10 +161,11 @@ def outline(
 def open_model(source: str | Path, options: LoadOptions) -> LatentDiffusion:
     """`load` with its arguments checked."""
     models = bundled()
-    path = models.get(str(source), expand_user(source))
+    path, name = models.get(str(source), expand_user(source)), options.name
     if not path.exists() and (hub_id := hub.parse_id(str(source), options.revision)):
         replaced = folders.replaced_parts(options.transformer, options.vae)
         path = hub.download(hub_id, options.variant, replaced)
+        name = name or hub_id.name  # a snapshot's folder is called by its commit
     elif options.revision is not None and path.exists():
         raise UserError(
             f"revision {options.revision!r} with {str(source)!r}, which is on this machine: "
@@ -173,7 +174,7 @@ def open_model(source: str | Path, options: LoadOptions) -> LatentDiffusion:
     if path.is_file():
         model = _open_file(path, options)
     elif path.is_dir():
-        model = assemble(folders.read(path, path.name, options), options)
+        model = assemble(folders.read(path, name or path.name, options), options)
     else:
         raise UserError(
             f"model {str(source)!r} was not found: expected a bundled name "

@@ -388,6 +388,24 @@ def test_names_of_folders_and_of_a_column_agree_in_either_form(
     assert names_of(open_images(tmp_path)) == ["caf\u00e9", "dog"]
 
 
+@pytest.mark.parametrize("sign", [",", ";", "\t"])
+def test_the_sign_between_columns(tmp_path: Path, sign: str) -> None:
+    """Spreadsheets of some languages write semicolons; a caption may hold other signs."""
+    fill(tmp_path, "a.png", "b.png")
+    rows = [["file_name", "text"], ["a.png", f'"one{sign} two"'], ["b.png", "x: y | z"]]
+    text = "".join(f"{sign.join(row)}\n" for row in rows)
+    (tmp_path / "metadata.csv").write_text(text, encoding="utf-8-sig")
+    assert open_images(tmp_path).captions == [f"one{sign} two", "x: y | z"]
+
+
+@pytest.mark.parametrize("header", ["file_name;text\tlabel", "file_name;text,label"])
+def test_several_signs_between_columns(tmp_path: Path, header: str) -> None:
+    fill(tmp_path, "a.png")
+    (tmp_path / "metadata.csv").write_text(f"{header}\na.png;x,y\n")
+    with pytest.raises(UserError, match=r"metadata.csv has .* between the names of its columns"):
+        open_images(tmp_path)
+
+
 # ---- columns -------------------------------------------------------------------------------------
 
 

@@ -85,6 +85,28 @@ def test_weights_of_the_parts_in_one_variant(hub: Hub, halves: str) -> None:
     assert hub.weights() == weights("")
 
 
+def test_a_model_is_called_by_its_repository(
+    hub: Hub, sdxl: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not by the commit, which names the folder of its snapshot; a copy of the headers, too."""
+    assert main(["info", f"a/sdxl@{COMMIT}", "--variant", "fp16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "a/sdxl" and not hub.weights()
+    for place in ("a/sdxl", f"a/sdxl@{COMMIT}"):
+        assert sfumato.load(place, variant="fp16").name == "a/sdxl"
+
+
+def test_info_of_a_repository_with_another_network(
+    hub: Hub, sdxl: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The repository's own network is not read, not even its header."""
+    flags = ["--transformer", str(sdxl / "unet"), "--json"]
+    assert main(["info", "a/sdxl", *flags]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    expected = json.loads(json.dumps(sfumato.load(sdxl).describe(hash=False), default=str))
+    assert {key: facts[key] for key in expected} == {**expected, "name": "a/sdxl"}
+    assert not any(name.startswith("unet/diffusion") for name in hub.downloads)
+
+
 @pytest.mark.parametrize("variant", ["bf17", "fp1", "safe", "odd"])
 def test_a_variant_that_no_part_has(hub: Hub, sdxl: Path, variant: str) -> None:
     """Parts of a name, and variants of folders that are not read, are none."""

@@ -145,7 +145,7 @@ def test_a_dash_of_a_command_without_a_prompt(kind: type, command: str) -> None:
 def test_help_in_place_of_a_value() -> None:
     """It is no value, as other flags are none."""
     for flag in ("-h", "--help"):
-        with pytest.raises(UserError, match="--negative-prompt has no value.* --help` explains it"):
+        with pytest.raises(UserError, match=r"--negative-prompt has no value.* --help` expl"):
             parse(Generate, ["--negative-prompt", flag], "generate")
 
 

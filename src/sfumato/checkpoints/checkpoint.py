@@ -129,6 +129,7 @@ class LoadOptions:
         truncation: What to do with a prompt that is too long; None: as the model says.
         sampler: The default sampler, with which a folder of an unknown scheduler class opens.
         outline: Whether only the shapes of weights are wanted, to check a request.
+        name: The model's name; None: that of its folder or file, or of its repository.
     """
 
     device: str = "cpu"
@@ -145,6 +146,7 @@ class LoadOptions:
     truncation: str | None = None
     sampler: str | None = None
     outline: bool = False
+    name: str | None = None
 
     @property
     def opened(self) -> torch.dtype | None:

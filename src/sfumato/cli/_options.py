@@ -5,6 +5,7 @@ import difflib
 import io
 import os
 import re
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -117,7 +118,37 @@ def parse(
         raise value_error(kind, words, command, printed.getvalue(), none, filled) from None
     if surplus:
         raise _switch_error(kind, words, command) or _surplus_error(kind, surplus, command)
-    return _expand_paths(_decode_texts(parsed))
+    options_read = _expand_paths(_decode_texts(parsed))
+    for name in OUTPUTS & vars(options_read).keys():
+        _require_files(_flag(name) if name == "out" else name.upper(), vars(options_read)[name])
+    return options_read
+
+
+OUTPUTS = {"out", "target"}
+"""Settings that name what a command writes."""
+
+
+def _require_files(shown: str, place: str | Path | None) -> None:
+    """Raise `UserError` for a stream or a device in place of a file or folder to write.
+
+    Files are written beside their place and moved there, which a stream does not allow.
+
+    Args:
+        shown: Name of the setting, for the message.
+        place: Its value.
+    """
+    text = "" if place is None else str(place)
+    try:
+        mode = os.stat(text).st_mode if text else 0
+    except (OSError, ValueError):
+        mode = 0
+    device = mode and not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+    if text == "-" or device or text.startswith(("/dev/std", "/dev/fd/", "/proc/")):
+        kind = "standard output" if text in ("-", "/dev/stdout") else "a stream or a device"
+        raise UserError(
+            f"{shown} {quoted(text)} is {kind}: files are written whole under a name; "
+            "name a file or a folder (./- for one that is called -)"
+        )
 
 
 def _expand_paths(options: T) -> T:

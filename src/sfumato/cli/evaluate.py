@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -93,6 +93,8 @@ class Evaluate(ModelOptions):
     """Column of the classes in a table; none: no classes."""
     caption_column: Annotated[str | None, unset(TRAINED)] = None
     """Column of the captions in a table; sidecar: text files; none: no captions."""
+    on_error: Annotated[Literal["raise", "skip"] | None, unset(TRAINED)] = None
+    """Broken images of the data: raise refuses the data, skip leaves them out, with a count."""
     limit: Annotated[int | None, unset("all")] = None
     """Number of images of each split, chosen at random and always the same, over all classes."""
     out: Annotated[Path | None, unset("NAME-evaluation, beside the model")] = None
@@ -228,6 +230,7 @@ def _images(model: "LatentDiffusion", options: Evaluate) -> "tuple[ImageSet, Ima
         test=options.test_split,
         size=shape["height"],
         channels=shape["channels"],
+        on_error=options.on_error,
         reading=Reading(**own),
         sample=options.limit,
         division=division,

@@ -65,7 +65,7 @@ def info(arguments: Sequence[str]) -> None:
 
     reading = options.reading(options.sampler)
     facts: dict[str, Any] = {"model": options.model}
-    with _opened(options, reading) as (source, place):
+    with _opened(options, reading) as (source, place, name):
         memory = None if place is None else report(place, options.variant)
         if options.hash:
             limit: dict[str, Any] = {}
@@ -74,7 +74,7 @@ def info(arguments: Sequence[str]) -> None:
                 limit["memory"] = memory["machine"]["available"]
             facts["hash"] = load(source, **limit, **reading).hash
         # the weights stay in their files
-        model = open_model(source, LoadOptions(stored=True, **reading))
+        model = open_model(source, LoadOptions(stored=True, name=name, **reading))
         facts |= model.describe(hash=False)
         facts.setdefault("class_names", list(model.class_names))
         if memory is not None:
@@ -195,8 +195,10 @@ def _text(value: Any) -> str:
 
 
 @contextmanager
-def _opened(options: Info, reading: dict[str, Any]) -> Iterator[tuple[str | Path, Path | None]]:
-    """The model, and its path on this disk where it has one.
+def _opened(
+    options: Info, reading: dict[str, Any]
+) -> Iterator[tuple[str | Path, Path | None, str | None]]:
+    """The model, its path on this disk where it has one, and its name where that differs.
 
     Of a model of the Hub the weights are not downloaded, but for their hash.
 
@@ -210,14 +212,14 @@ def _opened(options: Info, reading: dict[str, Any]) -> Iterator[tuple[str | Path
     place = _place(options.model)
     hub_id = None if place is not None else hub.parse_id(options.model, options.revision)
     if hub_id is None or options.hash:
-        yield options.model, place
+        yield options.model, place, None
         return
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         replaced = replaced_parts(options.transformer, options.vae)
         copy = hub.download_headers(hub_id, Path(temporary), options.variant, replaced)
         reading["revision"] = None
         try:
-            yield copy, copy
+            yield copy, copy, hub_id.name
         except UserError as error:  # name the model instead of the temporary folder
             raise UserError(str(error).replace(str(copy), str(hub_id))) from error
 

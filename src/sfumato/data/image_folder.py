@@ -112,7 +112,8 @@ def _listing(whole: Tree, root: Path, on_error: str, reading: Reading) -> Listin
         name, reason = notes.problems[0]
         raise UserError(
             f"{name}: {reason} ({len(notes.problems)} such in all); complete the captions, or "
-            "open with on_error='skip' to leave these out"
+            "open with on_error='skip' to leave these out (evaluate --on-error skip, "
+            "train --data.on-error skip)"
         )
     files = [f for f in tree.images if str(f) not in excluded]
     labels, classes, origin = _classes(tree, files, notes, reading)

@@ -544,7 +544,8 @@ def _decode_all(
                     name = listing.image_name(len(checked))
                     raise UserError(
                         f"{name} cannot be read as an image ({result.reason}): "
-                        "replace or remove it, or open with on_error='skip' to leave it out"
+                        "replace or remove it, or open with on_error='skip' to leave it out "
+                        "(evaluate --on-error skip, train --data.on-error skip)"
                     )
                 room -= 0 if result.pixels is None else result.pixels.nbytes
                 decoded += result.decoded

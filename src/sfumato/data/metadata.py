@@ -318,10 +318,11 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
     if kind == ".parquet":
         return _read_parquet(path)
     text = _read_text(path)
+    delimiter = _delimiter(text, path) if kind == ".csv" else ","
     try:
         if kind == ".csv":
             # not splitlines: a quoted caption may hold a line break
-            rows: list[Any] = list(csv.DictReader(io.StringIO(text)))
+            rows: list[Any] = list(csv.DictReader(io.StringIO(text), delimiter=delimiter))
         else:
             rows = _json_lines(text)
     except (ValueError, csv.Error) as error:
@@ -332,9 +333,32 @@ def _read_table(path: Path) -> list[dict[str, Any]]:
         if None in row:
             raise UserError(
                 f"row {number} of {path} has more fields than its first line names: "
-                'write captions with commas in quotes, "a cat, asleep"'
+                f"write captions with {_DELIMITERS[delimiter]} in quotes, "
+                f'"a cat{delimiter} asleep"'
             )
     return rows
+
+
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+
+
+def _delimiter(text: str, path: Path) -> str:
+    """Return the sign between a table's columns: a comma where its first line has one.
+
+    Spreadsheets of some languages write semicolons.
+    """
+    header = text.lstrip("\ufeff\r\n").partition("\n")[0]
+    signs = [sign for sign in _DELIMITERS if sign in header]
+    if "," in signs and len(signs) > 1:
+        columns = next(csv.reader([header]))
+        signs = [","] if any(name.strip() == "file_name" for name in columns) else signs
+    if len(signs) > 1:
+        names = " and ".join(_DELIMITERS[sign] for sign in signs)
+        raise UserError(
+            f"the first line of {path} has {names} between the names of its columns: "
+            "divide them by one kind, such as file_name,text"
+        )
+    return signs[0] if signs else ","
 
 
 def _json_lines(text: str) -> list[Any]:

@@ -69,7 +69,8 @@ class NoiseDraws:
 
     def __init__(self, model: LatentDiffusion, plan: Plan, posterior: str = "mean"):
         self.posterior = one_of("posterior", posterior, POSTERIORS)
-        self.model, self.count, self.used = model, plan.n, plan.request.noise_offset
+        self.model, self.plan = model, plan
+        self.count, self.used = plan.n, plan.request.noise_offset
         self.noise = noise_source(plan, model.device)
         for _ in range(self.used):
             self.noise()
@@ -80,6 +81,7 @@ class NoiseDraws:
 
     def encode(self, pixels: Float[Tensor, "N C H W"]) -> Float[Tensor, "M c h w"]:
         """Encode pixels to z: the posterior's mean, or a sample for each image of the plan."""
+        self.model.fitted(self.plan)  # room to decode is checked before the time is spent
         if self.posterior == "mean":
             return self.model.encode(pixels)
         return self.model.encode(pixels.expand(self.count, -1, -1, -1), self())

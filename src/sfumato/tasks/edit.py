@@ -98,6 +98,7 @@ def edit(
         "baseline": "condition condition",
     }
     plan = model.plan(replace(request, guidance=guidance, concat=(outline(model, pixels),) * 3))
+    model.fitted(plan)  # room to decode is checked before the time is spent
     # not standardised: as they trained it
     raw = model.autoencoder.space.restore(model.encode(pixels))
     return plan.edit(concat=(raw, raw, torch.zeros_like(raw)))
@@ -122,6 +123,7 @@ def _edit_by_reference(
         reference_images=tuple(outline(model, pixels) for pixels in references),
     )
     plan = model.plan(request)
+    model.fitted(plan)
     return plan.edit(reference_images=tuple(model.encode(pixels) for pixels in references))
 
 
