@@ -410,7 +410,7 @@ class LatentDiffusion:
         return images
 
     def fitted(self, plan: Plan) -> Plan:
-        """Decide how a plan's images are decoded, before it is run.
+        """Decide how a plan's images are decoded, and check its memory, before it is run.
 
         Args:
             plan: Made by this model's `plan`, or by a task.
@@ -422,6 +422,7 @@ class LatentDiffusion:
             UserError: Where a streamed model's memory has no room, with the least that has.
         """
         way = pieces.check_decoding(self, plan)
+        pieces.rows_of(self, [plan])
         return replace(plan, request=replace(plan.request, decoding=way.name))
 
     def settings(self, **fields: Any) -> dict[str, Any]:

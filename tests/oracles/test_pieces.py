@@ -21,6 +21,7 @@ from sfumato.model import LatentDiffusion
 from sfumato.predict.networks.unet import UNet
 from sfumato.predict.step_memory import step_bytes
 from sfumato.sampling import Request
+from sfumato.tasks import image_to_image
 
 PLENTY, BASE = 10**12, 3 * 10**8
 CELLS = (8, 8)
@@ -184,6 +185,23 @@ def test_a_limit_without_room_names_the_least_that_has(
         memory.limit -= 4 * 10**6
         with pytest.raises(UserError, match="is too little for"):
             streamed.sample(plan, batch=batch)
+
+
+@pytest.mark.parametrize("part", ["network", "autoencoder"])
+def test_a_task_without_room_is_refused_before_it_encodes(
+    part: str, streamed: LatentDiffusion, counted: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a larger image: encoding has room, and is not begun."""
+
+    def encode(*arguments: object) -> None:
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr(LatentDiffusion, "encode", encode)
+    lacking = {"network": "_row_bytes", "autoencoder": "_image_bytes"}[part]
+    monkeypatch.setattr(pieces, lacking, lambda *arguments: 10 * PLENTY)
+    image = torch.zeros(1, 3, 16, 16)
+    with pytest.raises(UserError, match="is too little for"):
+        image_to_image(streamed, image, Request("bag", steps=2), strength=0.5)
 
 
 def test_decoding_goes_by_rows_where_whole_has_no_room(

@@ -111,14 +111,14 @@ def value_error(
             setting.shown + ("" if setting.positional else f" {_metavar(setting.hint)}")
             for setting in missing
         )
-        wanted = "is" if len(missing) == 1 else "are"
+        verb = "is" if len(missing) == 1 else "are"
         usage = " ".join(
             s.shown if s.positional else f"{s.shown} {_metavar(s.hint)}"
             for s in sorted(settings, key=lambda s: not s.positional)
             if s.required
         )
         return UserError(
-            f"{listed} {wanted} missing: write sfumato {command} {usage} ...; "
+            f"{listed} {verb} missing: write sfumato {command} {usage} ...; "
             f"`sfumato {command} --help` explains {'it' if len(missing) == 1 else 'them'}"
         )
     reason = " ".join(re.sub("[\u2500-\u257f]+|-{3,}", " ", printed).split())

@@ -81,7 +81,7 @@ class NoiseDraws:
 
     def encode(self, pixels: Float[Tensor, "N C H W"]) -> Float[Tensor, "M c h w"]:
         """Encode pixels to z: the posterior's mean, or a sample for each image of the plan."""
-        self.model.fitted(self.plan)  # room to decode is checked before the time is spent
+        self.model.fitted(self.plan)  # memory for the run is checked before the time is spent
         if self.posterior == "mean":
             return self.model.encode(pixels)
         return self.model.encode(pixels.expand(self.count, -1, -1, -1), self())

@@ -98,7 +98,7 @@ def edit(
         "baseline": "condition condition",
     }
     plan = model.plan(replace(request, guidance=guidance, concat=(outline(model, pixels),) * 3))
-    model.fitted(plan)  # room to decode is checked before the time is spent
+    model.fitted(plan)  # memory for the run is checked before the time is spent
     # not standardised: as they trained it
     raw = model.autoencoder.space.restore(model.encode(pixels))
     return plan.edit(concat=(raw, raw, torch.zeros_like(raw)))
