@@ -190,6 +190,9 @@ def write_scheduler(
         if classes and (dynamic is not None or config["_class_name"] == OWN_CLASS):
             name, base = classes[0]
             config = {"_class_name": name, **base}
+        # The noise of each step is kept for other programs, although the times are not.
+        if config["_class_name"] == _FLOW_CLASSES[0] and target.sampler == "consistency":
+            config["stochastic_sampling"] = True
     if dynamic is not None and not dynamic.even:
         config["_sfumato"] = {"even": False}
     read = _read(config, None)
@@ -266,10 +269,16 @@ def _search(name: str, base: Mapping[str, Any], target: SchedulerSpec) -> dict[s
     The fields of the times are searched first, then those of the solver.
     """
     fields = {**CLASSES[name], **base}
+    solvers = list(_combinations(fields, _solver_values(target.sampler)))
+    # The fields of the times change options of a sampler at most. A class that never gives its name
+    # is left out at once: for each of the times it would be searched in vain.
+    sampler = sampler_values(target.sampler)[0]
+    if all(_sampler_name(target.process, name, fields | values) != sampler for values in solvers):
+        return None
     for times in _combinations(fields, _time_values(target.spacing)):
         if scheduler_spec(target.process, name, fields | times).spacing != target.spacing:
             continue
-        for solver in _combinations(fields, _solver_values(target.sampler)):
+        for solver in solvers:
             try:
                 spec = scheduler_spec(target.process, name, fields | times | solver)
             except UserError:  # an order that the class does not have
@@ -277,6 +286,14 @@ def _search(name: str, base: Mapping[str, Any], target: SchedulerSpec) -> dict[s
             if spec == target and not spec.notes:
                 return {"_class_name": name, **base, **times, **solver}
     return None
+
+
+def _sampler_name(process: Process, name: str, fields: Mapping[str, Any]) -> str | None:
+    """Return the name of a class's sampler; None for an order that the class does not have."""
+    try:
+        return sampler_values(scheduler_spec(process, name, fields).sampler)[0]
+    except UserError:
+        return None
 
 
 def _combinations(
