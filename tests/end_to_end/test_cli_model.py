@@ -399,7 +399,8 @@ def test_evaluate_holds_out_the_images_of_the_recipe(
     assert (len(training), len(held_out)) == (4, 12)
     few = [*FLAGS, "--steps", "2", "--held-out", "0.75"]
     assert main(["evaluate", str(tiny), "--data", "whole", *few]) == 2  # of 4 training pictures
-    assert "4 training and 12 test images are too few" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "4 training and 12 test images are too few" in err and "--held-out" in err
     few[-1] = "0.4"
     training, held_out = DataSettings(source="whole", held_out=0.4).open()
     # of the 6 held out
@@ -435,6 +436,18 @@ def test_evaluate_holds_out_the_images_of_the_recipe(
         == 2
     )
     assert "validation" in capsys.readouterr().err
+
+
+def test_evaluate_refuses_or_skips_a_broken_image(
+    tiny: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reason names the flag; with it, the run goes on to the number of the others."""
+    (data / "test" / "bag" / "broken.png").write_bytes(b"no image")
+    words = ["evaluate", str(tiny), "--data", str(data), *FLAGS, "--steps", "2"]
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert "broken.png" in err and "--on-error skip" in err
+    assert main([*words, "--on-error", "skip"]) == 0
 
 
 def test_evaluate_opens_no_more_pictures_than_its_limit(tiny: Path, data: Path) -> None:
