@@ -157,6 +157,30 @@ def test_splits_have_other_names(tmp_path: Path, names: tuple[str, str]) -> None
     assert held_out.class_names == ("cat", "dog")
 
 
+@pytest.mark.parametrize("first", ["cat/train/1.png", "cat/1.png"])
+def test_splits_inside_of_classes_are_refused(tmp_path: Path, first: str) -> None:
+    fill(tmp_path, first, "cat/Test/2.png", "dog/train/3.png", "dog/Test/4.png")
+    with pytest.raises(UserError, match=r"dog/Test.*above the classes.*layout=classes"):
+        open_images(tmp_path)
+    together = open_images(tmp_path, reading=Reading("classes"))
+    assert names_of(together) == ["cat", "cat", "dog", "dog"]
+
+
+@pytest.mark.parametrize("inner", ["train", "bus"])
+def test_other_folders_inside_of_classes_are_read(tmp_path: Path, inner: str) -> None:
+    fill(tmp_path, f"tram/{inner}/1.png", "tram/old/2.png", "ship/train/3.png")
+    assert names_of(open_images(tmp_path)) == ["ship", "tram", "tram"]
+
+
+def test_images_without_a_class_are_counted(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    fill(tmp_path, "1.png", "2.png", "3.png")
+    rows = [{"file_name": "1.png", "label": "cat"}, {"file_name": "2.png", "label": None}]
+    rows.append({"file_name": "3.png", "label": "dog"})
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert names_of(open_images(tmp_path)) == ["cat", "", "dog"]
+    assert "1 of 3 images have no class" in log.text
+
+
 def test_two_folders_of_one_split_are_refused(tmp_path: Path) -> None:
     fill(tmp_path, "train/1.png", "val/2.png", "validation/3.png")
     with pytest.raises(UserError, match="val/ and validation/, which all mean the split valid"):

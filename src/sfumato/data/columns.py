@@ -152,15 +152,19 @@ def _captions(value: Any, column: str, place: Callable[[], str]) -> Captions:
     return unique(str(t) for t in texts if t)
 
 
-def empty_note(captions: Sequence[Captions] | None) -> str:
-    """A line about images without a caption, and with several; "" where each has one."""
+def empty_note(labels: Sequence[int] | None, captions: Sequence[Captions] | None) -> str:
+    """A line about images without class or caption, or with several captions; "" for none."""
+    unlabelled = sum(label < 0 for label in labels or ())
+    classless = (
+        f"{unlabelled} of {len(labels)} images have no class" if labels and unlabelled else ""
+    )
     if captions is None:
-        return ""
+        return classless
     empty, several = (
         sum(c == ("",) for c in captions),
         sum(len(c) > 1 for c in captions),
     )
-    parts = [f"{empty} of {len(captions)} captions are empty" if empty else ""]
+    parts = [classless, f"{empty} of {len(captions)} captions are empty" if empty else ""]
     parts.append(f"{several} images have several, of which each visit draws one" if several else "")
     return "; ".join(filter(None, parts))
 

@@ -120,7 +120,7 @@ def _listing(whole: Tree, root: Path, on_error: str, reading: Reading) -> Listin
     captions: list[Captions] | None = None
     if notes.captions is not None:
         captions = [notes.captions[f] for f in files]
-    parts = (origin, notes.origin, empty_note(captions))
+    parts = (origin, notes.origin, empty_note(labels, captions))
     described = [f"{len(files)} image{'s' if len(files) != 1 else ''}", *filter(None, parts)]
     logger.info("%s: %s", root, "; ".join(described))
     names = [file_key(f.relative_to(root).as_posix()) for f in files]
@@ -180,6 +180,8 @@ def _folder_classes(
                 f"open {root / names[0]}, or give layout=classes for one class, or layout=flat "
                 "for none"
             )
+    if reading.layout == "auto":
+        _refuse_splits_of_classes(root, files)
     empty = {f.relative_to(root).parts[0] for f in tree.folders} - {*names}
     if empty:
         logger.warning(
@@ -189,6 +191,18 @@ def _folder_classes(
     classes = tuple(dict.fromkeys(map(composed, names)))
     number = {name: classes.index(composed(name)) for name in names}
     return [number[f] for f in folders if f is not None], classes
+
+
+def _refuse_splits_of_classes(root: Path, files: Sequence[Path]) -> None:
+    """Refuse cat/train/ and cat/test/: as one class, test images would be trained on."""
+    parts = (f.relative_to(root).parts for f in files)
+    inner = {p[1]: p[0] for p in parts if len(p) > 2}
+    if all(map(is_split, inner)) and any(canonical_split(name) != "train" for name in inner):
+        shown = listed(sorted(f"{above}/{name}" for name, above in inner.items()))
+        raise UserError(
+            f"{root} has folders in its classes that may be splits ({shown}): move them above the "
+            "classes (train/, test/), or give layout=classes to read all images of a class alike"
+        )
 
 
 def _parents(files: Sequence[Path]) -> set[Path]:

@@ -303,7 +303,7 @@ def _list(data: Any, name: str, source: str, reading: Reading, identity: str = "
     row_name = partial("row {1} of {0}".format, source)
     captions = None if text is None else caption_choices(list(data[text]), text, row_name)
     rest = [c for c in others if c not in (label, text)]
-    words = empty_note(captions)
+    words = empty_note(labels, captions)
     logger.info(
         "%s: %d rows; images from column %s; %s; %s%s",
         source,
