@@ -46,6 +46,7 @@ from sfumato.train import (
     load_recipe,
     train,
 )
+from sfumato.train.conditions.classes import Classes
 from sfumato.types import LatentSpace
 
 
@@ -241,7 +242,7 @@ def main(settings: Settings) -> None:
         open_images(settings.data, split="train"),
         open_images(settings.data, split="test"),
     )
-    conditioner = ClassNames(images.class_names)
+    condition = Classes(ClassNames(images.class_names))
     features = load_features("fashion")
     pixels = all_pixels(images)
     statistics = gaussian(extract(features, (pixels + 1) / 2))
@@ -249,7 +250,7 @@ def main(settings: Settings) -> None:
     floor = frechet_distance(gaussian(extract(features, (real + 1) / 2)), statistics)
     process = Process(schedule("flow"), parameterization("flow"))
     loss = DenoiserLoss(times="logit_normal", drop=0.0)
-    reference = (features, statistics, conditioner)
+    reference = (features, statistics, condition.conditioner)
 
     latents = encode_all(images, autoencoder, settings.out / "latents")
     c, classes = images.shape[0], len(images.class_names)
@@ -260,12 +261,17 @@ def main(settings: Settings) -> None:
         process,
         latents,
         autoencoder.space,
-        conditioner,
+        condition,
         loss,
     )
     torch.manual_seed(settings.seed)
     pixel = DenoiserObjective(
-        unet(c, classes, images.shape[-1]), process, Pixels(images), everywhere, conditioner, loss
+        unet(c, classes, images.shape[-1]),
+        process,
+        Pixels(images),
+        everywhere,
+        condition,
+        loss,
     )
     runs = [
         Run("latent", latent, lambda z: whole(autoencoder, z), latents.shape, settings, reference),

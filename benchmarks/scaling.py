@@ -37,6 +37,7 @@ from sfumato.model import LatentDiffusion
 from sfumato.predict import ClassNames, Denoiser, ModernDiT, ModernDiTConfig
 from sfumato.sampling import Defaults
 from sfumato.train import DenoiserLoss, DenoiserObjective, LoopSettings, encode_all, train
+from sfumato.train.conditions.classes import Classes
 from sfumato.types import Conditioning
 
 
@@ -166,7 +167,7 @@ class Bench:
             self.process,
             self.latents,
             self.model.autoencoder.space,
-            self.conditioner,
+            Classes(self.conditioner),
             DenoiserLoss(drop=0.0),
         )
         began = perf_counter()

@@ -50,6 +50,7 @@ from sfumato.io.atomic import NotWritten, atomic_folder, read_tensors, recover, 
 from sfumato.predict.conditioners.class_names import ClassNames
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.train import checkpoint
+from sfumato.train.conditions.classes import Classes
 from sfumato.train.logger import RunLog
 from sfumato.train.loop import LoopSettings, train
 from sfumato.train.objective import Draw, Objective
@@ -115,7 +116,7 @@ def make(
     space = LatentSpace(2, 2, (0.0, 0.0), (1.0, 1.0))
     latents = Latents(LATENTS, 0.2, CLASSES if labels is None else labels, f"toy{seed}")
     return DenoiserObjective(
-        UNet(config), process, latents, space, ClassNames(("boot", "bag")), loss
+        UNet(config), process, latents, space, Classes(ClassNames(("boot", "bag"))), loss
     )
 
 

@@ -36,10 +36,10 @@ from sfumato.diffuse.process import Process
 from sfumato.diffuse.schedule import schedule
 from sfumato.errors import UserError
 from sfumato.io.atomic import hash_json, read_tensors
-from sfumato.predict.conditioners.unconditional import Unconditional
 from sfumato.predict.networks.modern_dit import ModernDiT, ModernDiTConfig
 from sfumato.train import AutoencoderRecipe, DenoiserRecipe
 from sfumato.train.batch_sampler import BatchSampler, batch_indices
+from sfumato.train.conditions.unconditional import Unconditional
 from sfumato.train.loop import LoopSettings, train
 from sfumato.train.objective import Draw
 from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective

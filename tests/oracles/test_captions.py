@@ -25,7 +25,7 @@ from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.networks.dit import DiTConfig
 from sfumato.predict.networks.modern_dit import ModernDiT, ModernDiTConfig
 from sfumato.sampling import Defaults
-from sfumato.train.caption_embeddings import Captions, open_text_conditioner
+from sfumato.train.conditions.captions import Captions, open_text_conditioner
 from sfumato.train.loop import LoopSettings
 from sfumato.train.objective import Draw
 from sfumato.train.recipe import DataSettings, DenoiserRecipe

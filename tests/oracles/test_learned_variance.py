@@ -36,7 +36,6 @@ from sfumato.diffuse.vlb import bound
 from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.class_names import ClassNames
-from sfumato.predict.conditioners.unconditional import Unconditional
 from sfumato.predict.denoiser import Denoiser, evaluate_calls
 from sfumato.predict.guidance.guide import guide
 from sfumato.predict.guidance.rules.linear import Linear
@@ -52,6 +51,7 @@ from sfumato.predict.wrappers.multidiffusion import multidiffusion
 from sfumato.prediction import Selected
 from sfumato.sampling import Defaults
 from sfumato.train import DenoiserRecipe
+from sfumato.train.conditions.unconditional import Unconditional
 from sfumato.train.loop import LoopSettings
 from sfumato.train.objective import Draw
 from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective

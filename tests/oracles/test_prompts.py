@@ -23,7 +23,7 @@ from sfumato.predict.conditioners._weigh import weigh
 from sfumato.predict.conditioners.base import PROMPT_WEIGHTS
 from sfumato.predict.conditioners.clip_text import ClipText, ClipTextConfig
 from sfumato.predict.text_encoders.clip import ClipEncoder, Token
-from sfumato.train.caption_embeddings import Captions
+from sfumato.train.conditions.captions import Captions
 from sfumato.types import ImageSpec
 
 quick = hypothesis_settings(max_examples=200, deadline=None)

@@ -37,11 +37,12 @@ from sfumato.diffuse.weighting import draw_times, loss_weight
 from sfumato.errors import NumericalError, UserError
 from sfumato.evaluate.features import load_features
 from sfumato.predict.conditioners.class_names import ClassNames
-from sfumato.predict.conditioners.unconditional import Unconditional
 from sfumato.predict.denoiser import Denoiser
 from sfumato.predict.networks.unet import UNet, UNetConfig
 from sfumato.train import checkpoint
 from sfumato.train.batch_sampler import Stream, batch_indices, derive_seed
+from sfumato.train.conditions.classes import Classes
+from sfumato.train.conditions.unconditional import Unconditional
 from sfumato.train.discriminator import PatchDiscriminator, adaptive_weight, hinge
 from sfumato.train.ema import EMA
 from sfumato.train.logger import Means
@@ -387,9 +388,9 @@ def denoiser(
 ) -> DenoiserObjective:
     torch.manual_seed(0)
     names = ("boot", "bag")
-    conditioner = Unconditional() if latents.labels is None else ClassNames(names)
+    condition = Unconditional() if latents.labels is None else Classes(ClassNames(names))
     space = LatentSpace(2, 2, (0.5, -1.0), (2.0, 0.5))
-    return DenoiserObjective(network or UNet(NET), process, latents, space, conditioner, loss)
+    return DenoiserObjective(network or UNet(NET), process, latents, space, condition, loss)
 
 
 @pytest.mark.parametrize("weighting", ["plain", "min_snr"])
@@ -476,20 +477,17 @@ def test_a_share_of_the_conditions_is_null(drop: float) -> None:
     assert torch.equal(vector[~null].argmax(1), (torch.arange(400) % 2)[~null])
 
 
-def test_a_conditioner_names_the_entry_of_the_batch_that_conditions() -> None:
-    """By the images' numbers the condition is rows 1 and 3, by their labels class 0 twice."""
+def test_a_condition_reads_its_entry_of_the_batch() -> None:
+    """By the images' indices the condition is rows 1 and 3, by their labels class 0 twice."""
 
-    class Numbered(ClassNames):
-        batch_key = "number"
+    class Numbered(Classes):
+        def batch(self, indices: Tensor, draw: Draw) -> dict[str, Tensor]:
+            return {"label": indices}
 
     latents, spy = Latents(torch.randn(4, 2, 8, 8), labels=torch.tensor([1, 0, 1, 0])), Spy()
-    objective = denoiser(DenoiserLoss(drop=0.0), FLOW, latents, spy)
-    for conditioner, expected in (
-        (ClassNames(tuple("abcd")), [0, 0]),
-        (Numbered(tuple("abcd")), [1, 3]),
-    ):
-        objective.conditioner = conditioner
-        drawn = draws(2)
+    objective, drawn = denoiser(DenoiserLoss(drop=0.0), FLOW, latents, spy), draws(2)
+    for kind, expected in ((Classes, [0, 0]), (Numbered, [1, 3])):
+        objective.condition = kind(ClassNames(tuple("abcd")))
         objective.loss(
             "denoiser", objective.networks, objective.batch(torch.tensor([1, 3]), drawn), 0, drawn
         )

@@ -246,7 +246,7 @@ def _same_columns(paths: Sequence[Path]) -> Sequence[Path]:
 
 
 @contextmanager
-def _quiet(datasets: Any) -> Iterator[None]:
+def quiet(datasets: Any) -> Iterator[None]:
     """No progress bars of `datasets` from inside a library call."""
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
@@ -265,7 +265,7 @@ def _load(read: Callable[[Any], Any], title: str) -> Any:
             f"{title} needs the package datasets: run `pip install 'sfumato[train]'`"
         ) from error
     try:
-        with _quiet(datasets):
+        with quiet(datasets):
             return read(datasets)
     except UserError:
         raise

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sfumato.registry import lazy_exports
 
 if TYPE_CHECKING:
-    from sfumato.train.caption_embeddings import Captions, open_text_conditioner
+    from sfumato.train.conditions.captions import Captions, open_text_conditioner
     from sfumato.train.loop import LoopSettings, train
     from sfumato.train.objective import Draw, Objective
     from sfumato.train.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective
@@ -54,7 +54,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
-        "caption_embeddings": ("Captions", "open_text_conditioner"),
+        "conditions.captions": ("Captions", "open_text_conditioner"),
         "loop": ("LoopSettings", "train"),
         "objective": ("Draw", "Objective"),
         "objectives.autoencoder": ("AutoencoderLoss", "AutoencoderObjective"),

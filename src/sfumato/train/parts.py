@@ -32,7 +32,7 @@ from sfumato.predict.networks.base import build, registered
 from sfumato.registry import find
 from sfumato.sampling import Defaults
 from sfumato.train import checkpoint
-from sfumato.train.caption_embeddings import open_text_conditioner
+from sfumato.train.conditions.captions import open_text_conditioner
 
 
 @dataclass(frozen=True)

@@ -47,19 +47,10 @@ from sfumato.io.host_memory import parse_size
 from sfumato.io.progress import report
 from sfumato.loading import load
 from sfumato.model import LatentDiffusion
-from sfumato.predict.conditioners.base import ClassConditioner, Conditioner
-from sfumato.predict.conditioners.class_names import ClassNames
-from sfumato.predict.conditioners.unconditional import Unconditional
 from sfumato.predict.networks.base import Network, NetworkConfig, build, network_of
 from sfumato.predict.networks.unet import UNetConfig
 from sfumato.sampling import Defaults, Request
 from sfumato.train.bars import Bars
-from sfumato.train.caption_embeddings import (
-    Captions,
-    captions_of,
-    check_text,
-    open_text_conditioner,
-)
 from sfumato.train.checks import (
     built,
     check_autoencoder,
@@ -68,11 +59,11 @@ from sfumato.train.checks import (
     check_memory,
     possible,
 )
+from sfumato.train.conditions import Source, open_condition
 from sfumato.train.history import to_json
 from sfumato.train.initial import (
     fixed_source,
     initial_autoencoder,
-    initial_conditions,
     initial_network,
     with_classes,
 )
@@ -335,15 +326,12 @@ class DenoiserRecipe:
             images, division = _images(replace(self.data, flip=False), space.factor, outline.patch)
             accelerator = start(self.loop)
             with accelerator.main_process_first():  # the others find the first one's cache
-                conditioner, conditions, prompts, fields = (
-                    _conditioners(images, self.text, outline, out / "captions")
-                    if initial is None
-                    else initial_conditions(images, initial, out / "captions")
-                )
+                condition = open_condition(Source(images, outline, out, self.text, initial))
             if outline.learned_variance and self.loss.variance:
                 check_has_vlb(process.schedule)
             with accelerator.main_process_first():
                 latents = _latents(images, autoencoder, out / "latents")
+        conditioner, prompts = condition.conditioner, condition.prompts
         # cells along a side of a sample; with buckets, of the square's
         square = (self.data.size or 0) // space.factor
         side = latents.shape[-1] if isinstance(latents, LatentSet) else square
@@ -351,7 +339,7 @@ class DenoiserRecipe:
         defaults = self.defaults
         if initial is None:
             shape = outline.shape_fields(self.network, space.channels, side)
-            config = replace(self.network, **shape, **fields)
+            config = replace(self.network, **shape, **condition.fields(outline))
             network = built(lambda: build(config), config)
         else:
             shape, network = {}, with_classes(outline, initial.class_names, conditioner)
@@ -360,7 +348,7 @@ class DenoiserRecipe:
             defaults = replace(defaults, size=side * space.factor)
         parts = Parts(autoencoder, process, conditioner, defaults, self.name, division.to_json())
         sets = [latents] if isinstance(latents, LatentSet) else latents.sets
-        check_denoiser(network, conditions, [s.shape for s in sets])
+        check_denoiser(network, condition, [s.shape for s in sets])
         check_memory(self.loop, sets[0].shape)
         count = 80 if self.loop.previews is None else self.loop.previews
         if count:  # an impossible request must not wait for the first preview
@@ -373,7 +361,7 @@ class DenoiserRecipe:
             return {}, {"samples": grid(samples, columns=min(columns, count))}
 
         objective = DenoiserObjective(
-            network, process, latents, space, conditions, self.loss, preview
+            network, process, latents, space, condition, self.loss, preview
         )
         _log_notes(loop_notes(self.loop, len(images)))
         guidance, conditional = defaults.guidance, conditioner.is_conditional
@@ -381,12 +369,11 @@ class DenoiserRecipe:
         _log_notes(self._notes(bool(images.class_names), images.captions is not None))
         if initial is None:
             _log_notes(network_notes(self.network, network.config))
-        classes = conditioner.to_config() if isinstance(conditions, ClassConditioner) else None
         model = {
             "autoencoder": None if folder is None else _place(folder, out),
             "schedule": self.schedule,
             "parameterization": self.parameterization,
-            "conditioner": classes,
+            "conditioner": condition.record().get("conditioner"),
             "text": None if self.text is None else str(Path(self.text).expanduser().absolute()),
             "init": None if self.init is None else fixed_source(self.init),
             "network": network.to_config(),
@@ -484,43 +471,6 @@ def _finish(folder: Path, started: float, images: int, division: Division) -> No
     seconds = round(time.perf_counter() - started, 1)
     facts = {"seconds_this_run": seconds, "images": images, "data": division.to_json()}
     write_json(folder / "finished.json", facts)
-
-
-def _conditioners(
-    images: ImageSet | BucketedImages, text: Path | None, network: Network, cache: Path
-) -> tuple[Conditioner, ClassConditioner | Captions, list[str | None], dict[str, Any]]:
-    """The conditioning of a model and of its training.
-
-    Returns:
-        The model's conditioner, the conditions of the training examples, prompts to show, and
-        fields of the network's config.
-    """
-    if network.guidance_embeds:
-        raise UserError(
-            "guidance_embeds=True: the strength of guidance is learned from another model, "
-            "not from data; expected False"
-        )
-    if text is None:
-        if images.class_names and images.labels is not None:
-            classes = ClassNames(images.class_names)
-            return classes, classes, [*classes.names], network.class_fields(len(classes.names))
-        if network.is_conditional:
-            raise UserError(
-                f"a {type(network).__name__} is conditioned on classes or text, and {images.name} "
-                "has no classes: expected a folder for each class, captions with --text, "
-                "or an unconditional network"
-            )
-        return Unconditional(), Unconditional(), [None], {}
-    if images.captions is None:
-        raise UserError(
-            f"text={text}, and {images.name} has no captions: "
-            "expected a column or file of them; leave text out for classes"
-        )
-    conditioner = open_text_conditioner(text)
-    check_text(conditioner, f"text={text}")
-    pooled = conditioner.null(1).vector
-    fields = network.text_fields(conditioner.width, None if pooled is None else pooled.shape[1])
-    return conditioner, *captions_of(images, conditioner, cache), fields
 
 
 def encode_all(

@@ -20,9 +20,8 @@ from sfumato.diffuse.vlb import bound, check_has_vlb
 from sfumato.diffuse.weighting import MODE_SCALES, TIMES, WEIGHTINGS, draw_times, loss_weight
 from sfumato.errors import UserError
 from sfumato.io.atomic import hash_bytes, hash_tensors
-from sfumato.predict.conditioners.base import ClassConditioner
 from sfumato.predict.networks.base import Network
-from sfumato.train.caption_embeddings import Captions
+from sfumato.train.conditions.base import Condition
 from sfumato.train.objective import Draw, Objective, Preview
 from sfumato.train.settings import check_fields
 from sfumato.types import LatentSpace
@@ -98,7 +97,7 @@ class DenoiserObjective(Objective):
         process: Schedule and parameterization.
         latents: The training data.
         space: The latent space of the autoencoder.
-        conditioner: Of classes, or the captions of the training data.
+        condition: Classes, captions, or none.
         loss: Settings.
         preview: (averaged network, step) -> numbers and images, such as a grid of samples.
 
@@ -115,13 +114,13 @@ class DenoiserObjective(Objective):
         process: Process,
         latents: Latents,
         space: LatentSpace,
-        conditioner: ClassConditioner | Captions,
+        condition: Condition,
         loss: DenoiserLoss,
         preview: Callable[[nn.Module, int], Preview] | None = None,
     ):
         self.networks = {"denoiser": network}
         self.process, self.latents, self.space = process, latents, space
-        self.conditioner, self.settings, self.preview = conditioner, loss, preview
+        self.condition, self.settings, self.preview = condition, loss, preview
         self.learned_variance = (
             isinstance(network, _MayPredictVariance) and network.learned_variance
         )
@@ -150,7 +149,7 @@ class DenoiserObjective(Objective):
             "network": network.to_config()
             if isinstance(network, Network)
             else {name: list(tensor.shape) for name, tensor in network.state_dict().items()},
-            "conditioner": self.conditioner.identity(),
+            "conditioner": self.condition.identity(),
             "space": asdict(self.space),
             "process": f"{self.process.parameterization.name}, {schedule}",
             "loss": loss,
@@ -162,11 +161,8 @@ class DenoiserObjective(Objective):
         }
 
     def batch(self, indices: Tensor, draw: Draw) -> dict[str, Tensor]:
-        """The latents' batch, with the indices as "number" and a caption of each image."""
-        batch = self.latents.batch(indices) | {"number": indices}
-        if isinstance(self.conditioner, Captions):
-            batch[self.conditioner.batch_key] = self.conditioner.choose(indices, draw)
-        return batch
+        """The latents' batch, and the entries of the condition."""
+        return self.latents.batch(indices) | self.condition.batch(indices, draw)
 
     def loss(
         self,
@@ -189,8 +185,8 @@ class DenoiserObjective(Objective):
             )
         )
         dropped = draw(lambda n, g: torch.rand(n, generator=g)) < s.drop
-        labels, null = batch[self.conditioner.batch_key].cpu(), self.conditioner.null(len(mean))
-        condition = self.conditioner.from_labels(labels).drop(dropped, null).to(device)
+        null = self.condition.null(len(mean))
+        condition = self.condition.conditioning(batch).drop(dropped, null).to(device)
         x = self.process.add_noise(z, second, t)
         timestep = self.process.schedule.timestep(t).to(device, torch.float32)
         y = networks["denoiser"](self.process.network_input(x, t), timestep, condition).float()

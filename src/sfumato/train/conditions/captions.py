@@ -1,18 +1,17 @@
-"""Captions as conditions of training, encoded once before the first step."""
+"""Captions of the data, encoded once before the first step by a frozen text encoder."""
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import Any, Self, final
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from sfumato.checkpoints.formats.folder import read_index
-from sfumato.data import BucketedImages, ImageSet
 from sfumato.errors import UserError
 from sfumato.io.atomic import hash_json, hash_tensors, read_tensors, write_tensors
 from sfumato.io.paths import expand_user
@@ -21,6 +20,8 @@ from sfumato.predict.conditioners import text_conditioner_class, text_encoder_cl
 from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.conditioners.clip_text import ClipText
 from sfumato.predict.conditioners.sentence_text import SentenceText
+from sfumato.predict.networks.base import Network
+from sfumato.train.conditions.base import Condition, Source
 from sfumato.train.objective import Draw
 from sfumato.types import Conditioning
 
@@ -33,7 +34,7 @@ TABLE = ("tokens", "mask", "vector")
 
 
 @final
-class Captions:
+class Captions(Condition):
     """The conditionings of N images' captions; no text encoder runs in training.
 
     An image may have several captions: each visit draws one of them. Positions that neither a
@@ -52,8 +53,8 @@ class Captions:
         UserError: For no captions.
     """
 
-    batch_key: ClassVar[str] = "caption"
-    """The entry of a batch with the indices of its captions."""
+    name = "captions"
+    rank = 0
 
     def __init__(
         self,
@@ -64,7 +65,9 @@ class Captions:
     ):
         if not captions:
             raise UserError("no captions: expected one an image")
+        self.conditioner = conditioner
         choices = [(c,) if isinstance(c, str) else c for c in captions]
+        self.prompts = [text for text, _ in Counter(c[0] for c in choices).most_common(10)]
         every = [text for texts in choices for text in texts]
         texts = list(dict.fromkeys(["", *every]))  # the empty prompt is row 0
         row = {text: index for index, text in enumerate(texts)}
@@ -86,6 +89,45 @@ class Captions:
         path = None if cache is None else cache / f"{key[:32]}.safetensors"
         self._table = _read(path) or _encode(plain, texts, batch_size, path)
 
+    @classmethod
+    def open(cls, source: Source) -> Self | None:
+        """The captions of the images; None where no text encoder is named.
+
+        The encoder is that of `source.text`, or of the model that the run begins with.
+
+        Raises:
+            UserError: For images without captions, and an encoder that needs more than them.
+        """
+        images, init = source.images, source.init
+        if init is None and source.text is None:
+            return None
+        if init is not None and not init.conditioner.encoders:
+            return None
+        if images.captions is None and init is not None:
+            raise UserError(
+                f"{images.name} has no captions, and the model of init is conditioned on text: "
+                "expected a column or file of captions"
+            )
+        if images.captions is None:
+            raise UserError(
+                f"text={source.text}, and {images.name} has no captions: "
+                "expected a column or file of them; leave text out for classes"
+            )
+        if init is not None:
+            conditioner, place = init.conditioner, "the model of init"
+        else:
+            assert source.text is not None
+            conditioner, place = open_text_conditioner(source.text), f"text={source.text}"
+        check_text(conditioner, place)
+        texts = images.caption_choices or images.captions
+        return cls(conditioner, texts, cache=source.cache / "captions")
+
+    def fields(self, network: Network) -> dict[str, Any]:
+        """The widths of the text's tokens and of its pooled vector."""
+        pooled = self.conditioner.null(1).vector
+        width = None if pooled is None else pooled.shape[1]
+        return network.text_fields(self.conditioner.width, width)
+
     def __len__(self) -> int:
         return len(self._counts)
 
@@ -100,6 +142,14 @@ class Captions:
         counts = self._counts[images]
         return self._starts[images] + (share * counts).long().clamp(max=counts - 1)
 
+    def batch(self, indices: Int[Tensor, " B"], draw: Draw) -> dict[str, Tensor]:
+        """The index of a caption of each image, as "caption" (B,)."""
+        return {"caption": self.choose(indices, draw)}
+
+    def conditioning(self, batch: Mapping[str, Tensor]) -> Conditioning:
+        """The encoded captions of a batch."""
+        return self.from_labels(batch["caption"].cpu())
+
     def from_labels(self, labels: Int[Tensor, " B"]) -> Conditioning:
         """Indices of captions (B,), of all images one after the other -> `Conditioning`."""
         return self._table[self._rows[labels]]
@@ -111,21 +161,6 @@ class Captions:
     def identity(self) -> dict[str, Any]:
         """JSON of everything that decides these conditionings."""
         return self._identity
-
-
-def captions_of(
-    images: ImageSet | BucketedImages, conditioner: Conditioner, cache: Path
-) -> tuple[Captions, list[str | None]]:
-    """The conditions of images with captions, and the most frequent captions, to show.
-
-    Args:
-        images: The images, each with a caption.
-        conditioner: See `Captions`.
-        cache: See `Captions`.
-    """
-    texts = images.captions or []
-    common = [caption for caption, _ in Counter(texts).most_common(10)]
-    return Captions(conditioner, images.caption_choices or texts, cache=cache), [*common]
 
 
 def _encode(
