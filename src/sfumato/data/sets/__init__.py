@@ -1,0 +1,1 @@
+"""Sets of images that are built from packages, one file a set: `sfumato data NAME`."""
