@@ -17,6 +17,8 @@ from matplotlib import pyplot
 
 import sfumato
 from sfumato.cli import main
+from sfumato.data import open_images
+from sfumato.images import grid, to_pil
 
 FOLDER = Path(__file__).parent
 COMMANDS = {
@@ -98,6 +100,14 @@ def tiles(z: torch.Tensor) -> torch.Tensor:
     return padded.reshape(3, 4, 8, 8).permute(0, 2, 1, 3).reshape(24, 32)[:-1, :-1]
 
 
+def icons(folder: Path) -> None:
+    """Draw sixty drawings of the set that `sfumato data icons` built in a folder."""
+    images = open_images(folder, size=64)
+    chosen = torch.linspace(0, len(images) - 1, 60).long()
+    square = grid(to_pil(images.batch(chosen)["image"]), columns=15)
+    square.save(FOLDER / "icons.jpg", quality=90)
+
+
 if __name__ == "__main__":
     bundled = sfumato.load("fashion")
     with tempfile.TemporaryDirectory() as folder:
@@ -105,3 +115,5 @@ if __name__ == "__main__":
         inpainting(Path(folder))
     classes(bundled)
     acts(bundled)
+    if Path("data/icons").exists():  # built by `sfumato data icons`
+        icons(Path("data/icons"))
