@@ -7,6 +7,7 @@ command line in processes of its own.
 """
 
 import ctypes
+import itertools
 import json
 import multiprocessing
 import multiprocessing.process
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cloudpickle
@@ -690,6 +692,46 @@ def test_other_settings_or_data_do_not_go_on(
         work(tmp_path)
     assert words.strip() in str(refused.value) and "train into another folder" in str(refused.value)
     assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_in_parts_trains_the_weights_of_the_whole(kind: str, tmp_path: Path) -> None:
+    loss = AutoencoderLoss() if kind == "autoencoder" else None
+    weights = []
+    for parts in (1, 2, 4):
+        made = make(kind, dropout=0, loss=loss)
+        settings = replace(LOOP, accumulate=parts, save_every=7, show_every=7)
+        weights.append(train(made, settings, tmp_path / str(parts)).state_dict())
+    for other in weights[1:]:
+        for key, tensor in other.items():
+            # Adam divides small gradients by their size, and their rounding too
+            torch.testing.assert_close(tensor, weights[0][key], rtol=1e-3, atol=3e-4)
+    losses = [
+        [json.loads(line) for line in (tmp_path / str(parts) / "log.jsonl").open()]
+        for parts in (1, 4)
+    ]
+    for one, four in zip(*losses, strict=True):
+        for key in (k for k in one if k.endswith("/loss")):
+            assert one[key] == pytest.approx(four[key], rel=1e-3)
+    with pytest.raises(UserError, match="accumulate=3 parts"):
+        LoopSettings(batch_size=4, accumulate=3)
+
+
+def test_a_run_stops_when_its_time_is_over_and_goes_on_bit_for_bit(
+    tmp_path: Path, reference: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that moves a minute whenever it is read."""
+    from sfumato.train import loop
+
+    minutes = itertools.count()
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 60.0 * next(minutes)))
+    limited = replace(LOOP, limit_time=2.5)
+    for step in (3, 6):
+        with pytest.raises(Stopped, match=f"checkpoint of step {step} of 7") as stop:
+            run("denoiser", tmp_path / "run", limited)
+        assert stop.value.signal == signal.SIGALRM
+    run("denoiser", tmp_path / "run", limited)  # over at the last step: nothing is left to do
+    assert_same_run(tmp_path / "run", reference("denoiser"))
 
 
 def test_settings_that_decide_nothing_may_change(tmp_path: Path) -> None:

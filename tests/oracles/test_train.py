@@ -33,7 +33,7 @@ from sfumato.diffuse.run import SeededNoise, run_sampler
 from sfumato.diffuse.samplers.ddim import ddim
 from sfumato.diffuse.schedule import schedule
 from sfumato.diffuse.timesteps import timesteps
-from sfumato.diffuse.weighting import draw_times, loss_weight
+from sfumato.diffuse.weighting import draw_times, loss_weight, pointwise_error
 from sfumato.errors import NumericalError, UserError
 from sfumato.evaluate.features import load_features
 from sfumato.predict.conditioners.class_names import ClassNames
@@ -383,6 +383,18 @@ class Spy(nn.Module):
         return x * self.weight
 
 
+class Straight(nn.Module):
+    """The exact velocity for latents that are all 0."""
+
+    def __init__(self, space: LatentSpace):
+        super().__init__()
+        self.z = space.standardise(torch.zeros(1, 2, 1, 1))
+
+    def forward(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        t = timestep.reshape(-1, 1, 1, 1) / 1000
+        return (x - self.z) / t
+
+
 def denoiser(
     loss: DenoiserLoss, process: Process, latents: Latents, network: nn.Module | None = None
 ) -> DenoiserObjective:
@@ -442,6 +454,75 @@ def test_networks_of_edm_are_shown_their_scaled_input() -> None:
     seen, timestep, _ = spy.calls[0]
     assert timestep.max() > 1, "noise 80 times as wide as the data"
     assert float(seen.std((1, 2, 3)).min()) > 0.3 and float(seen.std((1, 2, 3)).max()) < 4
+
+
+def test_the_debiased_weight_is_the_inverse_root_of_the_snr_for_noise() -> None:
+    process = Process(schedule("cosine"), parameterization("eps"))
+    t = torch.tensor([0.1, 0.3, 0.6, 0.9], dtype=torch.float64)
+    snr = process.schedule.log_snr(t).exp()
+    torch.testing.assert_close(loss_weight("debiased", process, t), snr.rsqrt())
+    # one weight of the x0 error, whatever the network predicts
+    for name, factor in (("x0", torch.ones(4)), ("v", 1 + snr)):
+        weight = loss_weight("debiased", Process(process.schedule, parameterization(name)), t)
+        torch.testing.assert_close(weight * factor, snr.sqrt())
+
+
+def test_huber_is_the_square_near_zero_and_linear_far_away() -> None:
+    d = torch.tensor([1e-3, 0.0, -1e-3, 50.0, -80.0], dtype=torch.float64, requires_grad=True)
+    error = pointwise_error("huber", d, torch.zeros(5, dtype=torch.float64), 0.1)
+    error.sum().backward()
+    assert d.grad is not None
+    small, value, slope = d.detach()[:3], error.detach(), d.grad
+    torch.testing.assert_close(value[:3], small.square(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        slope[3:], torch.tensor([0.2, -0.2], dtype=torch.float64), rtol=1e-5, atol=0
+    )
+    assert torch.equal(pointwise_error("l2", d, d + 3), torch.full_like(d, 9))
+
+
+def test_offset_noise_is_constant_over_a_channel_and_part_of_the_target() -> None:
+    """Means of channels of noise have variance 1/hw, and strength^2 more with an offset."""
+    spy, latents = Spy(), Latents(torch.zeros(4000, 2, 8, 8))
+    for strength in (0.0, 0.5):
+        made = denoiser(DenoiserLoss(offset_noise=strength), FLOW, latents, spy)
+        one_loss(made, "denoiser", count=4000)
+        x, timestep, _ = spy.calls[-1]
+        z = made.space.standardise(torch.zeros(1, 2, 1, 1))
+        t = timestep.reshape(-1, 1, 1, 1) / 1000
+        noise = ((x - (1 - t) * z) / t).mean((2, 3))
+        assert float(noise.var()) == pytest.approx(1 / 64 + strength**2, rel=0.06)
+    # a network that returns the target has no loss: the offset is in it
+    exact = denoiser(DenoiserLoss(offset_noise=0.5), FLOW, latents, Straight(made.space))
+    assert float(one_loss(exact, "denoiser", count=64)[0]) < 1e-9
+
+
+def test_input_perturbation_is_in_the_input_alone() -> None:
+    """x is t * gamma * xi from that without it; a network that knows x has an error of gamma^2."""
+    latents, space = (
+        Latents(torch.zeros(2000, 2, 8, 8)),
+        LatentSpace(2, 2, (0.5, -1.0), (2.0, 0.5)),
+    )
+    spies = [Spy(), Spy()]
+    for spy, gamma in zip(spies, (0.0, 0.3), strict=True):
+        made = denoiser(DenoiserLoss(input_perturbation=gamma), FLOW, latents, spy)
+        one_loss(made, "denoiser", count=2000)
+    (plain, t, _), (x, other, _) = (spy.calls[0] for spy in spies)
+    assert torch.equal(t, other)
+    extra = 1000 * (x - plain) / t.reshape(-1, 1, 1, 1)
+    assert float(extra.std()) == pytest.approx(0.3, rel=0.01)
+    exact = denoiser(DenoiserLoss(input_perturbation=0.3), FLOW, latents, Straight(space))
+    assert float(one_loss(exact, "denoiser", count=2000)[0]) == pytest.approx(0.09, rel=0.02)
+
+
+def test_runs_of_versions_without_the_new_settings_go_on() -> None:
+    latents = Latents(torch.randn(4, 2, 8, 8))
+    names = set(denoiser(DenoiserLoss(), FLOW, latents).identity["loss"])
+    assert not names & {"error", "huber_delta", "offset_noise", "input_perturbation"}
+    assert "accumulate" not in LoopSettings().identity
+    for loss in (DenoiserLoss(error="huber"), DenoiserLoss(offset_noise=0.1)):
+        assert denoiser(loss, FLOW, latents).identity["loss"] != {}
+        assert set(denoiser(loss, FLOW, latents).identity["loss"]) > names
+    assert LoopSettings(accumulate=2).identity["accumulate"] == 2
 
 
 def test_min_snr_weights_x0_by_the_clipped_snr() -> None:

@@ -1,8 +1,9 @@
 """Loss weights and the distribution of training times.
 
-`loss_weight` multiplies the squared error of the network's own target. min-SNR-gamma (Hang et al.
-2023, arXiv:2303.09556, section 3.4) clips the weight of the x0 error at gamma; in another
-parameterization y the x0 error is (sigma/det)^2 times y's.
+`loss_weight` multiplies the error of the network's own target. min-SNR-gamma (Hang et al. 2023,
+arXiv:2303.09556, section 3.4) clips the weight of the x0 error at gamma; in another
+parameterization y the x0 error is (sigma/det)^2 times y's. The debiased weight of the x0 error is
+sqrt(SNR), 1/sqrt(SNR) of the eps error (Yu et al. 2023, arXiv:2310.08442, eq. 11).
 """
 
 import math
@@ -13,7 +14,8 @@ from torch import Tensor
 from sfumato.diffuse.process import Process
 from sfumato.validate import one_of
 
-WEIGHTINGS = ("plain", "min_snr")
+WEIGHTINGS = ("plain", "min_snr", "debiased")
+ERRORS = ("l2", "huber")
 TIMES = ("uniform", "logit_normal", "mode")
 
 
@@ -22,7 +24,7 @@ def loss_weight(name: str, process: Process, t: Tensor, gamma: float = 5.0) -> T
 
     Args:
         name: "plain": 1. "min_snr": min(SNR, gamma) * (sigma/det)^2, which is min(SNR, gamma)/SNR
-            for eps and min(SNR, gamma)/(SNR + 1) for v.
+            for eps and min(SNR, gamma)/(SNR + 1) for v. "debiased": sqrt(SNR) * (sigma/det)^2.
         process: Schedule and parameterization.
         t: Times (B,).
         gamma: Of min_snr.
@@ -37,7 +39,28 @@ def loss_weight(name: str, process: Process, t: Tensor, gamma: float = 5.0) -> T
         return torch.ones_like(t, dtype=torch.float64)
     alpha, sigma = process.schedule.at(t)
     det = process.parameterization.determinant(alpha, sigma)
-    return (alpha / sigma).square().clamp(max=gamma) * (sigma / det).square()
+    snr = (alpha / sigma).square()
+    return (snr.sqrt() if name == "debiased" else snr.clamp(max=gamma)) * (sigma / det).square()
+
+
+def pointwise_error(name: str, y: Tensor, target: Tensor, delta: float = 0.1) -> Tensor:
+    """Return the error of each value.
+
+    Args:
+        name: "l2": the square of the difference d. "huber": 2 delta (sqrt(d^2 + delta^2) - delta),
+            which is d^2 near 0 and whose slope is at most 2 delta (pseudo-Huber, Charbonnier et al.
+            1997), so that outliers weigh less.
+        y: Of the network.
+        target: Of the same shape.
+        delta: Of huber, above 0.
+
+    Raises:
+        UserError: For an unknown name.
+    """
+    squared = (y - target).square()
+    if one_of("error", name, ERRORS) == "l2":
+        return squared
+    return 2 * delta * ((squared + delta**2).sqrt() - delta)
 
 
 def draw_times(

@@ -11,7 +11,8 @@ averaging.
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -48,6 +49,8 @@ class LoopSettings:
 
     steps: int = 10_000
     batch_size: int = 64
+    accumulate: int = 1
+    """Parts of a batch whose gradients are added up before a step: less memory, more time."""
     lr: float = 1e-4
     warmup: int = 100
     decay: Literal["constant", "linear", "cosine"] = "cosine"
@@ -73,6 +76,8 @@ class LoopSettings:
     """Images of a preview, 0 turns previews off; none: 80 samples, or 16 pairs."""
     log_every: int = 50
     """A line of the log is the mean over these steps."""
+    limit_time: float | None = None
+    """Stop with a checkpoint after so many minutes; the same command goes on. None: no limit."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -81,6 +86,14 @@ class LoopSettings:
         for name in ("steps", "save_every", "keep", "show_every", "log_every"):
             positive_int(name, getattr(self, name))
         whole_number("batch_size", self.batch_size, 1, 2**20)
+        whole_number("accumulate", self.accumulate, 1, self.batch_size)
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"batch_size={self.batch_size} does not divide into accumulate={self.accumulate} "
+                "parts: choose a multiple"
+            )
+        if self.limit_time is not None:
+            number_in("limit_time", self.limit_time, above=0, hint="minutes; None is no limit")
         whole_number("warmup", self.warmup, 0)
         seed_number("seed", self.seed)
         if self.keep_every is not None:
@@ -118,6 +131,7 @@ class LoopSettings:
         it.
         """
         free = {"save_every", "keep", "keep_every", "show_every", "previews", "log_every"}
+        free |= {"limit_time"} | ({"accumulate"} if self.accumulate == 1 else set())
         if self.decay == "constant":
             free |= {"steps", "final_lr"}
         return {
@@ -161,10 +175,11 @@ def start(settings: LoopSettings) -> Any:
         raise UserError(
             "precision='fp16' needs a GPU, and this machine trains on its CPU: use bf16 or fp32"
         )
-    if settings.batch_size % accelerator.num_processes:
+    if settings.batch_size % (accelerator.num_processes * settings.accumulate):
+        parts = f" in {settings.accumulate} parts each" if settings.accumulate > 1 else ""
         raise UserError(
             f"batch_size={settings.batch_size} does not divide among "
-            f"{accelerator.num_processes} processes: choose a multiple"
+            f"{accelerator.num_processes} processes{parts}: choose a multiple"
         )
     return accelerator
 
@@ -204,6 +219,7 @@ def train(
         NumericalError: For a loss, gradient or weight that is not finite.
         Stopped: After Ctrl-C, SIGTERM or SIGHUP.
     """
+    begun = time.monotonic()
     accelerator = start(settings)
     plain, checkpoints = objective.networks, out / "checkpoints"
     if accelerator.is_main_process:
@@ -214,7 +230,11 @@ def train(
     if settings.precision == "auto":
         with _enough_memory(settings, 0):
             chosen = choose_precision(
-                objective, settings.batch_size, settings.seed, accelerator, checkpoints
+                objective,
+                settings.batch_size // settings.accumulate,
+                settings.seed,
+                accelerator,
+                checkpoints,
             )
         settings = replace(settings, precision=chosen)  # pyright: ignore[reportArgumentType]
         accelerator = start(settings)
@@ -243,8 +263,9 @@ def train(
         accelerator.scaler.load_state_dict(state["scaler"])
 
     order = BatchSampler(objective.groups, settings.batch_size, settings.seed)
-    share = settings.batch_size // accelerator.num_processes
-    mine = slice(rank * share, (rank + 1) * share)
+    share = settings.batch_size // (accelerator.num_processes * settings.accumulate)
+    places = range(rank * settings.accumulate, (rank + 1) * settings.accumulate)
+    mine = [slice(k * share, (k + 1) * share) for k in places]
     if main:
         entries = {"loop": to_json(asdict(settings)), **(record or {}), **history.entries}
         write_json(out / "run.json", entries)
@@ -277,16 +298,16 @@ def train(
             raise Stopped(signals.number, stopped(first or None))
         for step in range(first, settings.steps):
             torch.manual_seed(derive_seed(settings.seed, "layers", step, rank))  # dropout
-            generator = torch.Generator().manual_seed(derive_seed(settings.seed, "draws", step))
-            draw = Draw(generator, settings.batch_size, mine)
-            batch = {
-                k: v.to(accelerator.device)
-                for k, v in objective.batch(order(step)[mine], draw).items()
-            }
+            parts: list[Part] = []
+            for rows in mine:  # each draws the numbers of the whole batch, and keeps its rows
+                generator = torch.Generator().manual_seed(derive_seed(settings.seed, "draws", step))
+                draw = Draw(generator, settings.batch_size, rows)
+                batch = objective.batch(order(step)[rows], draw)
+                parts.append(({k: v.to(accelerator.device) for k, v in batch.items()}, draw))
             for phase in plain:
                 if objective.active(phase, step):
                     with _enough_memory(settings, step):
-                        numbers = update(phase, batch, step, draw)
+                        numbers = update(phase, parts, step)
                     means.add(numbers)
             average.update(plain[objective.main], step)
             done = step + 1
@@ -304,7 +325,9 @@ def train(
                 log.step(done, numbers, log=logs)
             if shows:
                 waiting = show(done)
-            stops = signals.agreed(accelerator)
+            if settings.limit_time and time.monotonic() - begun > 60 * settings.limit_time:
+                signals.time_is_over()
+            stops = signals.agreed(accelerator) and done < settings.steps
             saves = saves or stops
             if saves:
                 update.check_weights({**plain, "average": average.network}, done)
@@ -346,8 +369,13 @@ def _enough_memory(settings: LoopSettings, step: int) -> Iterator[None]:
             raise
         raise UserError(
             f"batch_size={settings.batch_size} does not fit into the memory at step {step + 1} "
-            f"({reason[:120]}): use a smaller batch, smaller images or a smaller network"
+            f"({reason[:120]}): use a smaller batch or more parts of it (accumulate), "
+            "smaller images or a smaller network"
         ) from error
+
+
+Part = tuple[dict[str, Tensor], Draw]
+"""A part of a batch with its random numbers."""
 
 
 @dataclass(frozen=True)
@@ -361,19 +389,26 @@ class _Update:
     optimizers: Mapping[str, Any]
     origin: int = 0
 
-    def __call__(
-        self, phase: str, batch: dict[str, Tensor], step: int, draw: Draw
-    ) -> dict[str, float | Tensor]:
-        """Make one step of one phase and return its numbers."""
+    def __call__(self, phase: str, parts: Sequence[Part], step: int) -> dict[str, float | Tensor]:
+        """Make one step of one phase, and return the means of its numbers over the parts."""
         accelerator, optimizer = self.accelerator, self.optimizers[phase]
         for group in optimizer.param_groups:
             group["lr"] = self.settings.lr_at(step, self.origin)
-        with accelerator.autocast():
-            loss, numbers = self.objective.loss(phase, self.networks, batch, step, draw)
-        if not torch.isfinite(loss):
-            self.fail(f"the loss is {loss.item()}", phase, step + 1)
         optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(loss)
+        sums: dict[str, float | Tensor] = {}
+        for index, (batch, draw) in enumerate(parts):
+            last = index == len(parts) - 1
+            # processes exchange their gradients once a step
+            with nullcontext() if last else accelerator.no_sync(self.networks[phase]):
+                with accelerator.autocast():
+                    loss, numbers = self.objective.loss(phase, self.networks, batch, step, draw)
+                if not torch.isfinite(loss):
+                    self.fail(f"the loss is {loss.item()}", phase, step + 1)
+                accelerator.backward(loss / len(parts) if len(parts) > 1 else loss)
+            for name, value in {f"{phase}/loss": loss.detach(), **numbers}.items():
+                sums[name] = sums[name] + value if name in sums else value
+        if len(parts) > 1:
+            sums = {name: value / len(parts) for name, value in sums.items()}
         parameters = self.networks[phase].parameters()
         gradient = accelerator.clip_grad_norm_(parameters, self.settings.clip)
         norm = float(gradient) if gradient is not None else 0.0
@@ -382,7 +417,7 @@ class _Update:
             self.fail(f"the gradient's norm is {norm}", phase, step + 1)
         optimizer.step()
         finite = {f"{phase}/grad_norm": norm} if math.isfinite(norm) else {}
-        return {f"{phase}/loss": loss.detach(), **finite, **numbers}
+        return {**sums, **finite}
 
     def mean(self, numbers: dict[str, float]) -> dict[str, float]:
         """Each number's mean over the processes."""

@@ -97,6 +97,8 @@ def denoiser_notes(
         notes += _without(loss, ("times_scale",), f"loss.times={loss.times!r} has no scale")
     if loss.weighting != "min_snr":
         notes += _without(loss, ("min_snr_gamma",), f"loss.weighting is {loss.weighting!r}")
+    if loss.error != "huber":
+        notes += _without(loss, ("huber_delta",), f"loss.error is {loss.error!r}")
     if not learned_variance:
         notes += _without(loss, ("variance",), "the network predicts no variance")
     if not conditional:

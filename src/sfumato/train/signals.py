@@ -73,6 +73,12 @@ class Signals:
         elif number == signal.SIGINT:
             raise Stopped(number, self.newest())
 
+    def time_is_over(self) -> None:
+        """Request a stop as a signal does, because the time of the run is over."""
+        if self.received is None:
+            self.received = int(getattr(signal, "SIGALRM", signal.SIGTERM))
+            logger.warning("the time of loop.limit_time is over: stopping with a checkpoint")
+
     def attempt(self, work: Callable[[], None]) -> bool:
         """Do work that can be done again later; the first signal breaks it off.
 

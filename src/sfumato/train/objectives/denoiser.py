@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from sfumato.diffuse.process import Process
 from sfumato.diffuse.vlb import bound, check_has_vlb
-from sfumato.diffuse.weighting import MODE_SCALES, TIMES, WEIGHTINGS, draw_times, loss_weight
+from sfumato.diffuse.weighting import (
+    ERRORS,
+    MODE_SCALES,
+    TIMES,
+    WEIGHTINGS,
+    draw_times,
+    loss_weight,
+    pointwise_error,
+)
 from sfumato.errors import UserError
 from sfumato.io.atomic import hash_bytes, hash_tensors
 from sfumato.predict.networks.base import Network
@@ -56,8 +64,20 @@ class _MayPredictVariance(Protocol):
 class DenoiserLoss:
     """Weights of the loss, the distribution of times, and the dropout of conditions."""
 
-    weighting: Literal["plain", "min_snr"] = "plain"
+    weighting: Literal["plain", "min_snr", "debiased"] = "plain"
     min_snr_gamma: float = 5.0
+    error: Literal["l2", "huber"] = "l2"
+    """Error of a value: its square, or pseudo-Huber, by which outliers weigh less."""
+    huber_delta: float = 0.1
+    """Difference above which huber grows linearly."""
+    offset_noise: float = 0.0
+    """Strength of noise that is constant over each channel, so that brightness is learned.
+
+    Guttenberg 2023, "Diffusion with offset noise"; 0.05 to 0.1 is usual."""
+    input_perturbation: float = 0.0
+    """Strength of more noise in the input alone, against errors that sampling adds up.
+
+    Ning et al. 2023, arXiv:2301.11706; 0.1 is usual."""
     times: Literal["uniform", "logit_normal", "mode"] = "uniform"
     times_mean: float = 0.0
     """Mean of logit_normal."""
@@ -76,6 +96,10 @@ class DenoiserLoss:
         check_fields(self)
         one_of("weighting", self.weighting, WEIGHTINGS)
         number_in("min_snr_gamma", self.min_snr_gamma, above=0)
+        one_of("error", self.error, ERRORS)
+        number_in("huber_delta", self.huber_delta, above=0)
+        number_in("offset_noise", self.offset_noise, 0, hint="0 is none")
+        number_in("input_perturbation", self.input_perturbation, 0, hint="0 is none")
         number_in("times_mean", self.times_mean)
         one_of("distribution of times", self.times, TIMES)
         number_in("times_scale", self.times_scale, *MODE_SCALES)
@@ -145,6 +169,12 @@ class DenoiserObjective(Objective):
         loss = asdict(self.settings)
         if not self.learned_variance:  # of others it decides nothing
             del loss["variance"]
+        # runs of versions without these go on
+        if self.settings.error == "l2":
+            del loss["error"], loss["huber_delta"]
+        for name in ("offset_noise", "input_perturbation"):
+            if not loss[name]:
+                del loss[name]
         return {
             "network": network.to_config()
             if isinstance(network, Network)
@@ -172,7 +202,7 @@ class DenoiserObjective(Objective):
         step: int,
         draw: Draw,
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
-        """The weighted squared error of the target, and the bound of a learned variance."""
+        """The weighted error of the target, and the bound of a learned variance."""
         mean, device, s = batch["mean"], batch["mean"].device, self.settings
         first, second = (
             draw(lambda n, g: torch.randn(n, *mean.shape[1:], generator=g)).to(device)
@@ -187,7 +217,14 @@ class DenoiserObjective(Objective):
         dropped = draw(lambda n, g: torch.rand(n, generator=g)) < s.drop
         null = self.condition.null(len(mean))
         condition = self.condition.conditioning(batch).drop(dropped, null).to(device)
-        x = self.process.add_noise(z, second, t)
+        if s.offset_noise:
+            shift = draw(lambda n, g: torch.randn(n, mean.shape[1], 1, 1, generator=g))
+            second = second + s.offset_noise * shift.to(device)
+        noise = second
+        if s.input_perturbation:
+            third = draw(lambda n, g: torch.randn(n, *mean.shape[1:], generator=g)).to(device)
+            noise = noise + s.input_perturbation * third
+        x = self.process.add_noise(z, noise, t)
         timestep = self.process.schedule.timestep(t).to(device, torch.float32)
         y = networks["denoiser"](self.process.network_input(x, t), timestep, condition).float()
         if y.shape[1] not in (channels := x.shape[1], 2 * channels):
@@ -196,10 +233,11 @@ class DenoiserObjective(Objective):
                 f"expected {channels}, or twice as many"
             )
         y, variance = y[:, :channels], y[:, channels:]
-        error = (y - self.process.target(z, second, t)).square().mean((1, 2, 3))
+        target = self.process.target(z, second, t)
+        error = pointwise_error(s.error, y, target, s.huber_delta).mean((1, 2, 3))
         weight = loss_weight(s.weighting, self.process, t, s.min_snr_gamma)
         loss = (weight.to(device, torch.float32) * error).mean()
-        numbers = {"denoiser/unweighted": error.detach().mean()}
+        numbers: dict[str, float | Tensor] = {"denoiser/unweighted": error.detach().mean()}
         if variance.shape[1] and s.variance:
             x0 = self.process.split(x, y.detach(), t).x0
             vlb = bound(self.process, z, x0, variance, t).mean()
