@@ -202,6 +202,60 @@ def test_a_folder_around_classes_is_not_one_class(tmp_path: Path) -> None:
     assert open_images(tmp_path, reading=Reading("flat")).labels is None
 
 
+@pytest.mark.parametrize("kind", ["gif", "tiff", "webp", "png"])
+def test_further_frames_are_mentioned(
+    tmp_path: Path, log: pytest.LogCaptureFixture, kind: str
+) -> None:
+    frames = [Image.fromarray(noise(seed)) for seed in (1, 2)]
+    frames[0].save(tmp_path / f"a.{kind}", save_all=True, append_images=frames[1:], format=kind)
+    frames[0].save(tmp_path / f"b.{kind}", format=kind)
+    frames[0].save(tmp_path / "c.jpg", format="MPO", save_all=True, append_images=frames[1:])
+    assert len(open_images(tmp_path)) == 3
+    named = f"1 images of {tmp_path.name} have further frames or pages, which are not read: "
+    assert f"{named}{tmp_path / f'a.{kind}'}\n" in log.text
+
+
+@pytest.mark.parametrize("names", [("images", "masks"), ("IMG", "reg"), ("depth", "photos")])
+def test_a_folder_of_all_images_is_no_class(tmp_path: Path, names: tuple[str, str]) -> None:
+    fill(tmp_path, f"{names[0]}/1.png", f"{names[1]}/1.png")
+    with pytest.raises(UserError, match=r"may be all images.*layout=classes.*layout=flat"):
+        open_images(tmp_path)
+    assert open_images(tmp_path, reading=Reading("classes")).class_names == names
+    assert open_images(tmp_path, reading=Reading("flat")).labels is None
+    storage = next(name for name in names if name not in ("masks", "reg", "depth"))
+    assert len(open_images(tmp_path / storage)) == 1
+    other = next(name for name in names if name != storage)
+    shutil.rmtree(tmp_path / other)
+    (tmp_path / other).mkdir()
+    (tmp_path / other / "1.txt").write_text("0 0.5 0.5 1 1")
+    assert open_images(tmp_path).labels is None
+
+
+@pytest.mark.parametrize("end", ["-masklabel", "-condlabel", "_mask"])
+def test_masks_beside_images_are_left_out(
+    tmp_path: Path, log: pytest.LogCaptureFixture, end: str
+) -> None:
+    fill(tmp_path, "1.jpg", f"1{end}.png", f"2{end}.png")
+    assert open_images(tmp_path).rows.tolist() == [0, 1]
+    assert f"left out 1 file of {tmp_path}: {end} of an image 1" in log.text
+
+
+def test_repeats_in_names_of_folders_are_mentioned(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path, "10_sks cat/1.png", "1_cat/2.png", "3/4.png")
+    assert open_images(tmp_path).class_names == ("10_sks cat", "1_cat", "3")
+    assert "folders (10_sks cat, 1_cat) are no repeats here" in log.text
+
+
+def test_classes_of_almost_one_name_are_mentioned(
+    tmp_path: Path, log: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path, "Cat/1.png", "cat/2.png", "dog /3.png", "dog/4.png", "cow/5.png")
+    assert len(open_images(tmp_path).class_names) == 5
+    assert "almost the same stay apart: 'Cat' and 'cat', 'dog' and 'dog '" in log.text
+
+
 def test_images_beside_folders_can_be_read_flat(tmp_path: Path) -> None:
     fill(tmp_path, "1.png", "more/2.png")
     with pytest.raises(UserError, match="layout=flat"):
@@ -505,6 +559,24 @@ def test_columns_of_a_table(tmp_path: Path, log: pytest.LogCaptureFixture) -> No
     write_parquet(place, text=[1, 2])
     with pytest.raises(UserError, match="caption '1' of type int in column text"):
         open_images(place)
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ([b"a", b"b"], "holds a list of 2: expected the bytes of one image"),
+        (7, "holds 7: expected the bytes"),
+        ("https://a.example/b.png", "holds .*no file here.*not downloaded"),
+        ("no-such.png", r"holds 'no-such.png', no file here"),
+    ],
+)
+def test_values_that_are_no_images(tmp_path: Path, value: Any, says: str) -> None:
+    pa = pytest.importorskip("pyarrow", reason="the package pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pa.table({"image": [value]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=f"row 0 of .*column image {says}"):
+        open_images(tmp_path / "a.parquet")
 
 
 @pytest.mark.usefixtures("cache")

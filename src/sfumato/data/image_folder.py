@@ -6,6 +6,7 @@ validation/), then classes, then files. `metadata.py` reads captions and classes
 
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +22,11 @@ from sfumato.errors import UserError
 from sfumato.io.atomic import hash_json
 
 logger = logging.getLogger(__name__)
+
+_STORAGE = frozenset("image images img imgs jpegimages photo photos picture pictures".split())
+"""Names of folders that hold the images themselves, in lower case: no class is called so."""
+_REPEATS = re.compile(r"\d+_\S.*")
+"""Folders as in LoRA training, such as "10_sks cat": 10 repeats of each image."""
 
 
 def folder_splits(tree: Tree, on_error: str, reading: Reading) -> Splits:
@@ -155,11 +161,16 @@ def _folder_classes(
 ) -> tuple[list[int] | None, tuple[str, ...]]:
     """Labels, when all images lie in subfolders.
 
-    With captions, a single subfolder ("images/") is storage and not a class.
+    With captions, a single subfolder is storage and not a class; one called "images" always is.
     """
     root, plain = tree.root, notes.captions is None and notes.labels is None
     folders = [_top(tree, f) for f in files]
     names = sorted({f for f in folders if f is not None})
+    if repeats := [name for name in names if _REPEATS.fullmatch(name)]:
+        logger.warning(
+            "numbers in names of folders (%s) are no repeats here: each image counts once, and a "
+            "class has the whole name", listed(repeats),
+        )  # fmt: skip
     if reading.layout == "flat":
         return None, ()
     if None in folders:
@@ -181,6 +192,15 @@ def _folder_classes(
                 "for none"
             )
     if reading.layout == "auto":
+        if storage := [name for name in names if name.lower() in _STORAGE]:
+            if len(names) == 1:
+                return None, ()
+            others = [name for name in names if name not in storage[:1]]
+            raise UserError(
+                f"{root} has {storage[0]}/, which may be all images, and {_slashes(others[:5])}, "
+                f"which may be masks or other images of them: open {root / storage[0]}, or give "
+                "layout=classes if all are classes, or layout=flat if all are images alike"
+            )
         _refuse_splits_of_classes(root, files)
     empty = {f.relative_to(root).parts[0] for f in tree.folders} - {*names}
     if empty:

@@ -32,6 +32,7 @@ from sfumato.data.transform import RawImage, Transform, decode, to_float
 from sfumato.errors import UserError
 from sfumato.io import progress
 from sfumato.io.atomic import hash_bytes
+from sfumato.io.image_files import has_frames
 
 MEMORY_LIMIT = 1 << 30
 """Bytes of transformed uint8 pixels up to which a set is held in memory.
@@ -381,6 +382,8 @@ class _Checked:
     """SHA-256 of the original's bytes; empty without a cache."""
     decoded: int = 0
     """Bytes of the original's pixels; 0 where the cache had the result."""
+    frames: bool = False
+    """The file has further frames or pages."""
 
 
 def build(
@@ -449,6 +452,11 @@ def _check(
     skipped = [*listing.skipped, *bad]
     report(listing.name, skipped)
     good = [i for i, c in enumerate(checked) if not c.reason]
+    if several := [listing.image_name(i) for i in good if checked[i].frames]:
+        logger.warning(
+            "%d images of %s have further frames or pages, which are not read: %s%s",
+            len(several), listing.name, ", ".join(several[:3]), ", ..." * (len(several) > 3),
+        )  # fmt: skip
     if not good:
         first = f": the first, {skipped[0][0]}, failed with {skipped[0][1]}" if skipped else ""
         raise UserError(f"none of the {len(skipped)} images of {listing.name} can be read{first}")
@@ -515,16 +523,17 @@ def _decode_all(
     def one(index: int) -> _Checked:
         try:
             image, content = listing.images[index], b""
+            frames = not isinstance(image, np.ndarray) and has_frames(image)
             if store is not None and (data := _original(image)) is not None:
                 image, content = data, hashlib.sha256(data).digest()
                 if kept := store.find(content):
-                    return _Checked(*kept, kept[0].shape, content=content)
+                    return _Checked(*kept, kept[0].shape, content=content, frames=frames)
             image, transform = reduced(image, transform_of)
             decoded = decode(image)
             transform = transform or transform_of((decoded.shape[0], decoded.shape[1]))
             pixels = transform.fit(decoded)
             shape, size = pixels.shape, decoded.nbytes
-            return _Checked(pixels, digest(decoded), shape, content=content, decoded=size)
+            return _Checked(pixels, digest(decoded), shape, "", content, size, frames)
         except UserError as error:
             return _Checked(None, None, (), str(error))
 

@@ -28,7 +28,7 @@ from sfumato.data.columns import (
 from sfumato.data.images import Listing
 from sfumato.data.reading import SIDECAR, Reading, Splits, canonical_split, listed, splits_in
 from sfumato.data.transform import RawImage
-from sfumato.errors import UserError
+from sfumato.errors import UserError, quoted
 from sfumato.io.atomic import hash_json
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,17 @@ class Rows:
             value = value.get("bytes") or value.get("path")
         if not value:
             raise UserError("the row has no image")
+        if not isinstance(value, bytes | str):
+            kind = f"a list of {len(value)}" if isinstance(value, list) else f"{value!r:.40}"
+            raise UserError(
+                f"column {self.column} holds {kind}: expected the bytes of one image file, or its "
+                "path; another column is chosen by image_column"
+            )
+        if isinstance(value, str) and not Path(value).is_file():
+            raise UserError(
+                f"column {self.column} holds {quoted(value)}, no file here: expected the bytes of "
+                "an image file, or its path; addresses are not downloaded"
+            )
         return value
 
 

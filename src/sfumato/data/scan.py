@@ -32,7 +32,11 @@ _NEVER = (".thm", ".bak", ".tmp", ".part", ".crdownload", ".download")
 """Endings of previews, copies and unfinished downloads, which may hold an image."""
 # no TIFF: cameras' raw files are TIFF files of a preview
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "JPEG2000", "AVIF")
+_MASKS = ("-masklabel", "-condlabel", "_mask")
+"""Ends of the names of masks beside an image, such as 1-masklabel.png of LoRA training."""
 _FOREIGN = {".heic", ".heif", ".jxl", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
+
+_TABLES = {".csv", ".tsv", ".json", ".jsonl"}
 
 
 @dataclass
@@ -85,6 +89,8 @@ class Tree:
             return
         foreign = sorted(_FOREIGN & self.left_out.keys())
         advice = f"; convert {' and '.join(foreign)} to JPEG or PNG" if foreign else ""
+        if tables := sorted(_TABLES & self.left_out.keys()):
+            advice += f"; of {' and '.join(tables)} files metadata.csv and .jsonl alone are read"
         plural = "s" if total > 1 else ""
         logger.warning(
             "left out %d file%s of %s: %s%s",
@@ -120,6 +126,7 @@ def scan(root: Path) -> Tree:
         folders.sort()
         for name in files:
             _add(tree, folder / name)
+    _leave_out_masks(tree)
     for paths in (tree.images, tree.sidecars, tree.metadata, tree.tables, tree.folders):
         paths.sort()
     tree.left_out = +tree.left_out
@@ -142,6 +149,19 @@ def _add(tree: Tree, path: Path) -> None:
         tree.images.append(path)
     else:
         tree.left_out[ending(path)] += 1
+
+
+def _leave_out_masks(tree: Tree) -> None:
+    """Leave out masks beside their images, such as 1-masklabel.png beside 1.jpg."""
+    stems = {path.with_suffix("") for path in tree.images}
+    images: list[Path] = []
+    for path in tree.images:
+        end = next((end for end in _MASKS if path.stem.lower().endswith(end)), "")
+        if end and path.with_name(path.stem[: -len(end)]) in stems:
+            tree.left_out[f"{end} of an image"] += 1
+        else:
+            images.append(path)
+    tree.images = images
 
 
 def _is_device(path: Path) -> bool:

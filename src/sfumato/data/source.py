@@ -5,6 +5,7 @@ folder saved by `datasets` | hf:NAME
 """
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +18,7 @@ from sfumato.data import idx, parquet
 from sfumato.data.image_folder import folder_splits
 from sfumato.data.images import ImageSet, Listing, OnError, build, from_array
 from sfumato.data.pixel_cache import CACHE, PixelCache
-from sfumato.data.reading import Reading, Splits, canonical_split, splits_in
+from sfumato.data.reading import Reading, Splits, canonical_split, listed, splits_in
 from sfumato.data.scan import ending, scan
 from sfumato.data.transform import Transform
 from sfumato.errors import UserError, unknown
@@ -134,7 +135,21 @@ def listing_of(splits: Splits, split: str, source: str | Path) -> Listing:
             if words == {"train"}:
                 hint = f"; a file beside it that is named as the split is one ({other})"
         raise UserError(f"{unknown(f'split of {source}', split, splits)}{hint}")
-    return splits[name]()
+    listing = splits[name]()
+    _report_alike(listing)
+    return listing
+
+
+def _report_alike(listing: Listing) -> None:
+    """Log the classes whose names differ by capitals, blanks or underscores alone."""
+    groups: dict[str, list[str]] = {}
+    for name in listing.class_names:
+        groups.setdefault(re.sub(r"[\s_-]+", "", name.casefold()), []).append(name)
+    if alike := [" and ".join(map(repr, names)) for names in groups.values() if len(names) > 1]:
+        logger.warning(
+            "classes of %s whose names are almost the same stay apart: %s",
+            listing.name, listed(alike),
+        )  # fmt: skip
 
 
 def splits_of(

@@ -44,6 +44,9 @@ SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 DEEP = "sfumato:deep"
 """Key of `Image.info`: True where the file has 16 bits a channel, of which 8 are read."""
 
+_FRAMED = (b"GIF8", b"II*\0", b"MM\0*", b"RIFF", b"\x89PNG")
+"""First bytes of formats whose files may have frames or pages."""
+
 Stream = io.BytesIO | io.BufferedReader
 
 logger = logging.getLogger(__name__)
@@ -583,6 +586,24 @@ def frame_count(path: str | Path) -> int:
             return 1 if image.format in ("MPO", "PSD") else getattr(image, "n_frames", 1)
     except Exception:  # Pillow's limit of text, which `open_image` lifts
         return 1
+
+
+def has_frames(source: str | Path | bytes | Image.Image) -> bool:
+    """True for an image file with more than one frame or page, by its header.
+
+    Args:
+        source: A path, the bytes of a file, or an image; a file of another format is not opened.
+    """
+    if isinstance(source, Image.Image):
+        return False
+    try:
+        with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as stream:
+            if not stream.read(12).startswith(_FRAMED):
+                return False
+            stream.seek(0)
+            return bool(getattr(_open(stream), "is_animated", False))
+    except Exception:  # `open_image` says why it cannot be read
+        return False
 
 
 def _is_grey(image: Image.Image) -> bool:
