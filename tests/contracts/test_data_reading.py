@@ -790,6 +790,10 @@ def test_a_division_finds_the_same_images_again(
     assert len(some.held_out) == 2
     assert set(some.held_out.rows.tolist()) <= set(first.held_out.rows.tolist())
     assert replace(again.division, source="p") == record
+    assert "too good" not in log.text
+    other = open_split(tmp_path / "moved", 0.5, division=record)
+    assert {*other.held_out.rows.tolist()} & {*first.training.rows.tolist()}
+    assert "other images" in log.text and "too good" in log.text
     (tmp_path / "moved" / "a" / "1.png").unlink()
     with pytest.raises(UserError, match=r"3\.png cannot be read"):
         open_split(tmp_path / "moved", division=record)

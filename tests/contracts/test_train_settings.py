@@ -269,6 +269,30 @@ def test_impossible_flags_exit_with_2(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--loop.steps -1", "--loop.steps -1: expected a whole number of at least 1;"),
+        ("--data.size 0", "--data.size 0: expected a whole number of pixels from 1 to"),
+        ("--loop.betas 0.9", "sfumato train denoiser fashion_mnist_dit: Missing value for"),
+        ("--defaults.guidance x", "--defaults.guidance 'x': expected a number, or one with parts"),
+    ],
+)
+def test_an_impossible_flag_is_one_sentence_with_its_name(
+    flags: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "denoiser", "fashion_mnist_dit", *flags.split()]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert sentence in f"{line}\n" and "Error parsing" not in line and "full helptext" not in line
+
+
+@pytest.mark.parametrize("text", ["2", "2 ramp"])
+def test_default_guidance_is_one_flag(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "denoiser", "fashion_mnist_dit", "--data.source", "nowhere"]
+    assert main([*words, "--defaults.guidance", text]) == 2
+    assert "nowhere does not exist" in capsys.readouterr().err
+
+
 # ---- settings without effect ---------------------------------------------------------------------
 
 

@@ -597,4 +597,11 @@ def test_sizes_that_do_not_fit_are_refused_before_the_first_step(
     )
     with pytest.raises(UserError, match="cannot be a discriminator of these images"):
         deep.run(tmp_path)
-    assert not (tmp_path / "autoencoder").exists()
+    grey = replace(odd, data=replace(stages.data, channels=3), features="fashion")
+    with pytest.raises(UserError, match="features 'fashion' are of grey images"):
+        grey.run(tmp_path)
+    for changes, flag in (({"size": 15}, "--data.size 14"), ({"channels": 1}, "--data.channels 3")):
+        other = replace(stages, data=replace(stages.data, **changes))
+        with pytest.raises(UserError, match=f"give {flag}"):
+            other.run(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -23,7 +23,7 @@ from typing import (
 import tyro
 
 from sfumato.cli._output import without_logs
-from sfumato.cli._values import bare, custom_name, settings_of, value_error
+from sfumato.cli._values import bare, custom_name, refusal_behind, settings_of, value_error
 from sfumato.errors import CLOSE, UserError, quoted, unknown
 from sfumato.io.paths import expand_user
 
@@ -115,7 +115,8 @@ def parse(
         if not stop.code:  # the help
             raise
         filled = default is not None
-        raise value_error(kind, words, command, printed.getvalue(), none, filled) from None
+        text, refusal = printed.getvalue(), refusal_behind(stop)
+        raise value_error(kind, words, command, text, none, filled, refusal) from None
     if surplus:
         raise _switch_error(kind, words, command) or _surplus_error(kind, surplus, command)
     options_read = _expand_paths(_decode_texts(parsed))

@@ -67,8 +67,26 @@ def custom_name(hint: Any) -> str | None:
     return next((name for name in names if name is not None), None)
 
 
+def refusal_behind(stop: BaseException) -> UserError | None:
+    """Return the refusal of a settings class that made the parser exit; None where there is none.
+
+    Args:
+        stop: The exit.
+    """
+    error: BaseException | None = stop
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def value_error(
-    kind: type, words: Sequence[str], command: str, printed: str, none: bool, filled: bool
+    kind: type,
+    words: Sequence[str],
+    command: str,
+    printed: str,
+    none: bool,
+    filled: bool,
+    refusal: UserError | None = None,
 ) -> UserError:
     """Return the error for a command line that the parser refuses.
 
@@ -79,6 +97,7 @@ def value_error(
         printed: Text of the parser, the reason where the types tell none.
         none: Whether the word None is a value of settings that can be None.
         filled: Whether each setting has a default.
+        refusal: See `refusal_behind`.
     """
     help_text = f"`sfumato {command} --help` explains it"
     settings = settings_of(kind)
@@ -122,7 +141,20 @@ def value_error(
             f"`sfumato {command} --help` explains {'it' if len(missing) == 1 else 'them'}"
         )
     reason = " ".join(re.sub("[\u2500-\u257f]+|-{3,}", " ", printed).split())
+    if refusal is not None:
+        group = re.search(r"Error parsing (?:settings\.)?([\w.-]+)", reason)
+        return UserError(f"{_with_flag(str(refusal), group and group[1], flags)}; {help_text}")
+    reason = re.sub(r"^(Value error |Missing argument )?(Error parsing )?", "", reason)
+    reason = re.sub(r"\.? (Argument helptext:|For full helptext,).*", "", reason)
     return UserError(f"sfumato {command}: {reason or 'the arguments cannot be read'}")
+
+
+def _with_flag(message: str, group: str | None, flags: Mapping[str, Setting]) -> str:
+    """A message that begins with NAME=VALUE, with the flag of that name in a group."""
+    name, sign, rest = message.partition("=")
+    name = name.removeprefix(f"{group}.").replace("_", "-")
+    flag = next((flag for flag in (f"{group}.{name}", name) if flag in flags), None)
+    return message if flag is None or not sign else f"--{flag} {rest}"
 
 
 def _groups(
@@ -239,7 +271,7 @@ def _expected(hint: Any, none: bool) -> str:
         if part is type(None):
             names += ["None"] if none else []
         elif (reader := _reader(part)) is not None:
-            kinds = {"INT": "a whole number"}
+            kinds = {"INT": "a whole number", "GUIDANCE": "a number, or one with parts (3 ramp)"}
             names += [kinds.get(word, word) for word in reader.metavar.split("|")]
         else:
             names += _choices(part) or [_KINDS.get(part, "a text")]

@@ -7,7 +7,8 @@ their types and the recipe's values).
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -140,15 +141,43 @@ def _copy(arguments: Sequence[str]) -> None:
     print(out)
 
 
+def _guidance_text() -> Any:
+    """The type of guidance as one text, as `sfumato generate --guidance` has it."""
+    from sfumato.predict.guidance.settings import Guidance
+
+    spec = tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="GUIDANCE",
+        instance_from_str=lambda words: Guidance.parse(words[0]).to_json(),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(Guidance.parse(value))],
+    )
+    return Annotated[Any, spec]
+
+
+def _with_kinds(settings: Any, kinds: Mapping[str, Any], **changes: Any) -> Any:
+    """A copy of a dataclass whose fields have other types, for the parser, and other values."""
+    values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)} | changes
+    narrow = [
+        (k, kind, dataclasses.field(default_factory=partial(values.get, k)))
+        for k, kind in kinds.items()
+    ]
+    cls = type(settings)
+    return dataclasses.make_dataclass(cls.__name__, narrow, bases=(cls,), frozen=True)(**values)
+
+
 def _options(settings: Any, recipe: str) -> type:
     """A dataclass of the recipe's settings, without a prefix, and the run's own three."""
+    values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
+    narrow: dict[str, Any] = {}
     # the settings of this recipe's network, of the many that there are
-    if dataclasses.is_dataclass(getattr(settings, "network", None)):
-        narrow = [("network", type(settings.network), dataclasses.field(default=settings.network))]
-        values = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
-        settings = dataclasses.make_dataclass(
-            type(settings).__name__, narrow, bases=(type(settings),), frozen=True
-        )(**values)
+    if dataclasses.is_dataclass(values.get("network")):
+        narrow["network"] = values["network"]
+    if "defaults" in values:
+        kinds = {"guidance": _guidance_text()}
+        narrow["defaults"] = values["defaults"] = _with_kinds(values["defaults"], kinds)
+    if narrow:
+        settings = _with_kinds(settings, {k: type(v) for k, v in narrow.items()}, **narrow)
     rows = (
         ("settings", type(settings), tyro.conf.arg(name=""), settings),
         ("out", Path, tyro.conf.arg(help=OUT), Path("runs") / Path(recipe).stem),

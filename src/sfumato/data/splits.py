@@ -285,6 +285,12 @@ class _Opened:
                     test, share, shared = division.test, division.share, division.shared
                     if test is None and division.held_out:
                         rows = numbers(division.held_out)
+                elif test != division.test or share not in (None, division.share):
+                    logger.warning(
+                        "other images of %s are held out than in training (%s): the model was "
+                        "trained on some of them, and numbers of held-out images are too good",
+                        source, division.test or f"a share of {division.share:g}",
+                    )  # fmt: skip
             elif division is not None:
                 logger.warning(
                     "%s is not what the model was trained on (%s, %d images): images that it was "

@@ -150,7 +150,8 @@ def prepare_reference(
         raise UserError(
             f"{len(train)} training and {len(test)} test images are too few: "
             f"expected at least k + 1 = {k + 1} training images, and {2 * (k + 1)} test images; "
-            "hold out a larger share (--held-out 0.5), raise --limit, or give more data"
+            "hold out a larger share (--held-out 0.5; in training --data.held-out 0.5), raise "
+            "--limit, or give more data"
         )
     check_fit(features, train.shape[1], max(train.shape[2:]))
     f_train, f_test = extract(features, train), extract(features, test)

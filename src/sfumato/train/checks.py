@@ -74,10 +74,8 @@ def check_memory(loop: LoopSettings, shape: Sequence[int]) -> None:
         )
 
 
-@torch.no_grad()
-def check_autoencoder(network: Autoencoder, shape: Sequence[int]) -> None:
-    """Raise `UserError` unless an image of a shape (C, H, W) comes back in that shape."""
-    image = torch.zeros(1, *shape)
+def check_images(network: Autoencoder, shape: Sequence[int]) -> None:
+    """Raise `UserError` unless an autoencoder takes images of a shape (C, H, W)."""
     size, factor = f"{shape[1]}x{shape[2]}", network.space.factor
     if shape[1] % factor or shape[2] % factor:
         raise UserError(
@@ -89,6 +87,13 @@ def check_autoencoder(network: Autoencoder, shape: Sequence[int]) -> None:
             f"images of {shape[0]} channels, and an autoencoder of {network.channels}: "
             f"give --data.channels {network.channels}"
         )
+
+
+@torch.no_grad()
+def check_autoencoder(network: Autoencoder, shape: Sequence[int]) -> None:
+    """Raise `UserError` unless an image of a shape (C, H, W) comes back in that shape."""
+    check_images(network, shape)
+    image, size = torch.zeros(1, *shape), f"{shape[1]}x{shape[2]}"
     training = network.training
     with possible(network.config, f"take images of {size} pixels"):
         rebuilt = network.eval().decode(network.encode(image))

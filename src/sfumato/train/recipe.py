@@ -40,7 +40,7 @@ from sfumato.diffuse.schedule import schedule
 from sfumato.diffuse.seeds import seed_torch
 from sfumato.diffuse.vlb import check_has_vlb
 from sfumato.errors import UserError
-from sfumato.evaluate.features import load_features
+from sfumato.evaluate.features import check_fit, load_features
 from sfumato.images import grid
 from sfumato.io.atomic import atomic_folder, hash_tensors, write_json
 from sfumato.io.host_memory import parse_size
@@ -55,6 +55,7 @@ from sfumato.train.checks import (
     built,
     check_autoencoder,
     check_denoiser,
+    check_images,
     check_loss,
     check_memory,
     possible,
@@ -238,6 +239,8 @@ class AutoencoderRecipe:
             _log_notes([f"init={self.init}: the network is that autoencoder's, with its weights"])
         check_autoencoder(network, images.shape)
         features = load_features(self.features) if self.features else None
+        if features is not None:
+            check_fit(features, channels, max(images.shape[1:]), images.class_names)
         check_memory(self.loop, images.shape)
         pairs = 16 if self.loop.previews is None else max(1, self.loop.previews)
         with possible(self.loss, "be a discriminator of these images"):
@@ -463,7 +466,9 @@ def _latents(
     images: ImageSet | BucketedImages, autoencoder: Autoencoder, folder: Path
 ) -> LatentSet | BucketedLatents:
     if isinstance(images, ImageSet):
+        check_images(autoencoder, images.shape)
         return encode_all(images, autoencoder, folder)
+    check_images(autoencoder, images.sets[0].shape)
     return BucketedLatents([encode_all(bucket, autoencoder, folder) for bucket in images.sets])
 
 
