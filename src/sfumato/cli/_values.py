@@ -68,7 +68,7 @@ def custom_name(hint: Any) -> str | None:
 
 
 def refusal_behind(stop: BaseException) -> UserError | None:
-    """Return the refusal of a settings class that made the parser exit; None where there is none.
+    """Return the refusal that made the parser exit, of a settings class; None: there is none.
 
     Args:
         stop: The exit.
