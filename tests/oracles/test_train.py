@@ -49,7 +49,7 @@ from sfumato.train.logger import Means
 from sfumato.train.loop import LoopSettings, train
 from sfumato.train.objective import Draw, Objective
 from sfumato.train.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective
-from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective
+from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective, HeldOut
 from sfumato.train.perceptual import feature_maps, perceptual_distance
 from sfumato.train.precision import choose_precision
 from sfumato.types import Conditioning, LatentSpace
@@ -512,6 +512,25 @@ def test_input_perturbation_is_in_the_input_alone() -> None:
     assert float(extra.std()) == pytest.approx(0.3, rel=0.01)
     exact = denoiser(DenoiserLoss(input_perturbation=0.3), FLOW, latents, Straight(space))
     assert float(one_loss(exact, "denoiser", count=2000)[0]) == pytest.approx(0.09, rel=0.02)
+
+
+def test_the_held_out_loss_has_the_same_noises_at_each_preview() -> None:
+    """It is that of one batch of all examples, drops no condition, and is 0 for the exact one."""
+    labels = torch.arange(50) % 2
+    latents = Latents(torch.randn(50, 2, 8, 8), labels=labels)
+    spy = Spy()
+    made = denoiser(DenoiserLoss(drop=1.0), FLOW, Latents(torch.randn(4, 2, 8, 8), 0, labels), spy)
+    made.held_out = HeldOut(latents, made.condition)
+    first, second = (made.show(spy, step)[0]["held_out/loss"] for step in (1, 2))
+    assert first == second
+    vectors = torch.cat([call[2].vector for call in spy.calls[:2]])  # pyright: ignore
+    assert torch.equal(vectors.argmax(1), labels)
+    whole = denoiser(DenoiserLoss(drop=0.0), FLOW, latents, spy)
+    assert first == pytest.approx(float(one_loss(whole, "denoiser", count=50)[0]), rel=1e-5)
+    exact = Straight(made.space)
+    made.held_out = HeldOut(Latents(torch.zeros(50, 2, 8, 8), labels=labels), made.condition)
+    exact.weight = nn.Parameter(torch.ones(1))
+    assert made.show(exact, 1)[0]["held_out/loss"] < 1e-9
 
 
 def test_runs_of_versions_without_the_new_settings_go_on() -> None:

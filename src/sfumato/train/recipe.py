@@ -60,7 +60,7 @@ from sfumato.train.checks import (
     check_memory,
     possible,
 )
-from sfumato.train.conditions import Source, open_condition
+from sfumato.train.conditions import Condition, Source, open_condition
 from sfumato.train.history import to_json
 from sfumato.train.initial import (
     fixed_source,
@@ -78,7 +78,12 @@ from sfumato.train.notes import (
 )
 from sfumato.train.objective import Preview
 from sfumato.train.objectives.autoencoder import AutoencoderLoss, AutoencoderObjective
-from sfumato.train.objectives.denoiser import DenoiserLoss, DenoiserObjective
+from sfumato.train.objectives.denoiser import (
+    HELD_OUT,
+    DenoiserLoss,
+    DenoiserObjective,
+    HeldOut,
+)
 from sfumato.train.parts import Parts, open_autoencoder
 from sfumato.train.settings import check_counts, check_fields
 from sfumato.validate import number_in, positive_int, whole_number
@@ -326,7 +331,9 @@ class DenoiserRecipe:
             )
         space = autoencoder.space
         with Bars():
-            images, division = _images(replace(self.data, flip=False), space.factor, outline.patch)
+            images, division, others = _images(
+                replace(self.data, flip=False), space.factor, outline.patch
+            )
             accelerator = start(self.loop)
             with accelerator.main_process_first():  # the others find the first one's cache
                 condition = open_condition(Source(images, outline, out, self.text, initial))
@@ -334,6 +341,8 @@ class DenoiserRecipe:
                 check_has_vlb(process.schedule)
             with accelerator.main_process_first():
                 latents = _latents(images, autoencoder, out / "latents")
+                shown = others if self.loop.previews != 0 else None
+                held_out = _held_out(shown, condition, autoencoder, out / "latents")
         conditioner, prompts = condition.conditioner, condition.prompts
         # cells along a side of a sample; with buckets, of the square's
         square = (self.data.size or 0) // space.factor
@@ -364,7 +373,7 @@ class DenoiserRecipe:
             return {}, {"samples": grid(samples, columns=min(columns, count))}
 
         objective = DenoiserObjective(
-            network, process, latents, space, condition, self.loss, preview
+            network, process, latents, space, condition, self.loss, preview, held_out
         )
         _log_notes(loop_notes(self.loop, len(images)))
         guidance, conditional = defaults.guidance, conditioner.is_conditional
@@ -449,17 +458,21 @@ def _outline(config: Any, channels: int) -> Network:
 
 def _images(
     data: DataSettings, factor: int, patch: int
-) -> tuple[ImageSet | BucketedImages, Division]:
-    """The training images: squares, or buckets whose latents are whole patches of the network."""
+) -> tuple[ImageSet | BucketedImages, Division, ImageSet | None]:
+    """The training images, their division, and the held-out images.
+
+    The first are squares, or buckets whose latents are whole patches of the network. Of buckets no
+    held-out images are opened.
+    """
     if data.buckets is None:
         split = data.split()
-        return split.training, split.division
+        return split.training, split.division, split.held_out
     if data.buckets % (factor * patch):
         raise UserError(
             f"data.buckets={data.buckets}: the step of the buckets' sides must be a multiple of "
             f"{factor * patch}, the autoencoder's factor {factor} times the network's patch {patch}"
         )
-    return data.open_buckets()
+    return *data.open_buckets(), None
 
 
 def _latents(
@@ -470,6 +483,18 @@ def _latents(
         return encode_all(images, autoencoder, folder)
     check_images(autoencoder, images.sets[0].shape)
     return BucketedLatents([encode_all(bucket, autoencoder, folder) for bucket in images.sets])
+
+
+def _held_out(
+    images: ImageSet | None, condition: Condition, autoencoder: Autoencoder, folder: Path
+) -> HeldOut | None:
+    """The latents of some held-out images, and their condition; None: there are none."""
+    if images is None:
+        return None
+    count = min(HELD_OUT, len(images))
+    images = images.subset(torch.linspace(0, len(images) - 1, count).long())
+    own = condition.held_out(images)
+    return HeldOut(encode_all(images, autoencoder, folder), own)
 
 
 def _finish(folder: Path, started: float, images: int, division: Division) -> None:

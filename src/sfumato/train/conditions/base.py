@@ -67,6 +67,14 @@ class Condition(ABC):
             UserError: For data or a network that does not fit.
         """
 
+    def held_out(self, images: ImageSet) -> "Condition":
+        """The same condition of held-out images, which have what the training images have.
+
+        Args:
+            images: Their labels are numbered as the conditioner does.
+        """
+        return self
+
     def fields(self, network: Network) -> dict[str, Any]:
         """Fields of the config of a network that takes this condition."""
         return {}

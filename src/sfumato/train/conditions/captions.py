@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sfumato.checkpoints.formats.folder import read_index
+from sfumato.data import ImageSet
 from sfumato.errors import UserError
 from sfumato.io.atomic import hash_json, hash_tensors, read_tensors, write_tensors
 from sfumato.io.paths import expand_user
@@ -65,7 +66,7 @@ class Captions(Condition):
     ):
         if not captions:
             raise UserError("no captions: expected one an image")
-        self.conditioner = conditioner
+        self.conditioner, self._cache = conditioner, cache
         choices = [(c,) if isinstance(c, str) else c for c in captions]
         self.prompts = [text for text, _ in Counter(c[0] for c in choices).most_common(10)]
         every = [text for texts in choices for text in texts]
@@ -121,6 +122,11 @@ class Captions(Condition):
         check_text(conditioner, place)
         texts = images.caption_choices or images.captions
         return cls(conditioner, texts, cache=source.cache / "captions")
+
+    def held_out(self, images: ImageSet) -> "Captions":
+        """The first caption of each image; the empty prompt for images without captions."""
+        texts = images.captions or [""] * len(images)
+        return type(self)(self.conditioner, texts, cache=self._cache)
 
     def fields(self, network: Network) -> dict[str, Any]:
         """The widths of the text's tokens and of its pooled vector."""

@@ -46,10 +46,19 @@ class Classes(Condition):
         images = source.images
         if source.init is not None:
             conditioner = _initial(images, source.init)
-            return None if conditioner is None else cls(conditioner, images.class_names)
+            if conditioner is None:
+                return None
+            _relabel(images, conditioner)
+            return cls(conditioner, images.class_names)
         if not images.class_names or images.labels is None:
             return None
         return cls(ClassNames(images.class_names))
+
+    def held_out(self, images: ImageSet) -> Self:
+        """The classes of the images; the condition is the same."""
+        if tuple(images.class_names) != tuple(self.conditioner.class_names):
+            _relabel(images, self.conditioner)
+        return self
 
     def fields(self, network: Network) -> dict[str, Any]:
         """A row of the table of classes each."""
@@ -69,7 +78,7 @@ class Classes(Condition):
 
 
 def _initial(images: ImageSet | BucketedImages, model: LatentDiffusion) -> ClassConditioner | None:
-    """The classes of a model and of the images, numbered as it does; None: no classes."""
+    """The classes of a model, and behind them those that it lacks; None: it has no classes."""
     conditioner = model.conditioner
     if not isinstance(conditioner, ClassConditioner):
         raise UserError(
@@ -82,9 +91,7 @@ def _initial(images: ImageSet | BucketedImages, model: LatentDiffusion) -> Class
             f"{images.name} has no classes, and the model of init has "
             f"{', '.join(conditioner.class_names[:10])}: expected a folder for each class"
         )
-    grown = _with_names(conditioner, images.class_names)
-    _relabel(images, [grown.label(name) for name in images.class_names])
-    return grown
+    return _with_names(conditioner, images.class_names)
 
 
 def _with_names(conditioner: ClassConditioner, names: Sequence[str]) -> ClassConditioner:
@@ -106,9 +113,9 @@ def _with_names(conditioner: ClassConditioner, names: Sequence[str]) -> ClassCon
     return ClassNames((*conditioner.names, *new))
 
 
-def _relabel(images: ImageSet | BucketedImages, numbers: list[int]) -> None:
-    """Number the images' classes as the model does."""
-    table = torch.tensor(numbers)
+def _relabel(images: ImageSet | BucketedImages, conditioner: ClassConditioner) -> None:
+    """Number the images' classes as a conditioner does."""
+    table = torch.tensor([conditioner.label(name) for name in images.class_names])
     for part in [images] if isinstance(images, ImageSet) else images.sets:
         if part.labels is not None:
             part.labels = torch.where(part.labels < 0, -1, table[part.labels.clamp(min=0)])

@@ -109,6 +109,18 @@ class DenoiserLoss:
         number_in("variance", self.variance, 0, hint="0 does not train the variance")
 
 
+HELD_OUT = 256
+"""Most held-out images whose loss is measured."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Latents that are not trained on, and their condition."""
+
+    latents: Latents
+    condition: Condition
+
+
 class DenoiserObjective(Objective):
     """Training of a denoiser, in one phase.
 
@@ -124,6 +136,8 @@ class DenoiserObjective(Objective):
         condition: Classes, captions, or none.
         loss: Settings.
         preview: (averaged network, step) -> numbers and images, such as a grid of samples.
+        held_out: Examples whose loss each preview measures, with the same noises and times every
+            time and without dropped conditions; None: none.
 
     Raises:
         UserError: For a learned variance that the process cannot have.
@@ -141,10 +155,12 @@ class DenoiserObjective(Objective):
         condition: Condition,
         loss: DenoiserLoss,
         preview: Callable[[nn.Module, int], Preview] | None = None,
+        held_out: HeldOut | None = None,
     ):
         self.networks = {"denoiser": network}
         self.process, self.latents, self.space = process, latents, space
         self.condition, self.settings, self.preview = condition, loss, preview
+        self.held_out = held_out
         self.learned_variance = (
             isinstance(network, _MayPredictVariance) and network.learned_variance
         )
@@ -203,6 +219,17 @@ class DenoiserObjective(Objective):
         draw: Draw,
     ) -> tuple[Tensor, dict[str, float | Tensor]]:
         """The weighted error of the target, and the bound of a learned variance."""
+        return self._loss(networks["denoiser"], self.condition, batch, draw, self.settings.drop)
+
+    def _loss(
+        self,
+        network: nn.Module,
+        condition: Condition,
+        batch: Mapping[str, Tensor],
+        draw: Draw,
+        drop: float,
+    ) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """The loss of a batch, with a share of its conditions dropped."""
         mean, device, s = batch["mean"], batch["mean"].device, self.settings
         first, second = (
             draw(lambda n, g: torch.randn(n, *mean.shape[1:], generator=g)).to(device)
@@ -214,9 +241,8 @@ class DenoiserObjective(Objective):
                 s.times, self.process, n, g, s.times_mean, s.times_std, s.times_scale, s.times_shift
             )
         )
-        dropped = draw(lambda n, g: torch.rand(n, generator=g)) < s.drop
-        null = self.condition.null(len(mean))
-        condition = self.condition.conditioning(batch).drop(dropped, null).to(device)
+        dropped = draw(lambda n, g: torch.rand(n, generator=g)) < drop
+        cond = condition.conditioning(batch).drop(dropped, condition.null(len(mean))).to(device)
         if s.offset_noise:
             shift = draw(lambda n, g: torch.randn(n, mean.shape[1], 1, 1, generator=g))
             second = second + s.offset_noise * shift.to(device)
@@ -226,7 +252,7 @@ class DenoiserObjective(Objective):
             noise = noise + s.input_perturbation * third
         x = self.process.add_noise(z, noise, t)
         timestep = self.process.schedule.timestep(t).to(device, torch.float32)
-        y = networks["denoiser"](self.process.network_input(x, t), timestep, condition).float()
+        y = network(self.process.network_input(x, t), timestep, cond).float()
         if y.shape[1] not in (channels := x.shape[1], 2 * channels):
             raise UserError(
                 f"the network returns {y.shape[1]} channels for latents of {channels}: "
@@ -246,5 +272,23 @@ class DenoiserObjective(Objective):
 
     @torch.no_grad()
     def show(self, network: nn.Module, step: int) -> Preview:
-        """The preview; nothing without one."""
-        return self.preview(network, step) if self.preview is not None else ({}, {})
+        """The preview, and the loss of the held-out examples; nothing without them."""
+        numbers, images = ({}, {}) if self.preview is None else self.preview(network, step)
+        if self.held_out is not None:
+            numbers = {**numbers, "held_out/loss": self._held_out_loss(network, self.held_out)}
+        return numbers, images
+
+    def _held_out_loss(self, network: nn.Module, held_out: HeldOut) -> float:
+        """The mean loss of held-out examples, with the same random numbers at each call."""
+        count, batch_size, total = min(HELD_OUT, len(held_out.latents)), 32, 0.0
+        rows = torch.linspace(0, len(held_out.latents) - 1, count).long()
+        device = next(network.parameters()).device
+        for start in range(0, count, batch_size):
+            place = slice(start, min(start + batch_size, count))
+            draw = Draw(torch.Generator().manual_seed(0), count, place)
+            batch = held_out.latents.batch(rows[place])
+            batch |= held_out.condition.batch(rows[place], draw)
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            loss, _ = self._loss(network, held_out.condition, batch, draw, 0.0)
+            total += float(loss) * (place.stop - place.start)
+        return total / count
