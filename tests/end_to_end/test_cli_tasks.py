@@ -218,6 +218,14 @@ def test_the_mask_of_a_grown_image() -> None:
             ["inpaint", "photo.png", "--mask", "small.png"],
             "a mask of height 4 and width 4 for an image of 15 and 21: expected the same size",
         ),
+        (
+            ["inpaint", "photo.png", "--mask", "turned.png"],
+            "expected the same size; the mask's EXIF orientation turned it: save the mask upright",
+        ),
+        (
+            ["inpaint", "photo.png", "--mask", "across.png"],
+            "expected the same size; the EXIF orientation of an image is applied: draw the mask",
+        ),
         (["inpaint", "text.png", "--mask", "mask.png"], "text.png could not be read as an image"),
         (["edit", "photo.png", "--strength", "0"], "strength=0.0: expected a number in (0, 1]"),
         (
@@ -240,6 +248,10 @@ def test_bad_arguments_are_refused_in_one_sentence(
     words: list[str], message: str, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.new("L", (4, 4)).save("small.png")
+    Image.new("L", (15, 21)).save("across.png")
+    orientation = Image.Exif()
+    orientation[274] = 6
+    Image.new("L", (21, 15)).save("turned.png", exif=orientation)
     Path("text.png").write_text("no picture")
     assert main([*words, "--model", str(tiny)]) == 2
     err = capsys.readouterr().err

@@ -156,6 +156,8 @@ def test_help_in_place_of_a_value() -> None:
         ("generate --negative-prompt", "--negative-prompt has no value", "a text"),
         ("generate --out --grid", "--out has no value", "a text"),
         ("generate --sampler --no-grid", "--sampler has no value", "a text"),
+        ("generate bag --memory --n 2", "--memory has no value", "a size such as 3GB;"),
+        ("generate bag --guidance high", "--guidance 'high': expected a number, the", "'high'"),
         ("generate bag --n -- 3", "--n has no value", "a whole number;"),
         ("generate bag --seed 1e3", "--seed '1e3'", "a whole number or random"),
         ("generate bag --seed -1", "--seed=-1", "a whole number from 0 to 2^64 - 1"),

@@ -190,6 +190,12 @@ def test_bad_prompts_are_refused(prompt: str, words: str) -> None:
         ("a __animals/cat__", "__animals/cat__"),
         ("a (red:1,3) cat", ":1,3)"),
         ("a (red)1.3 cat", ")1.3"),
+        ("boot++, red", "boot++"),
+        ("a (red bag)--", ")--"),
+        ("a (red bag)- and (cat)+", ")-"),
+        ('("a cat", "a dog").blend(1, 2)', ".blend("),
+        ('a "cat".swap("dog")', ".swap("),
+        ("C++ and g++, 18+, half-(open)-ended, pro--am, a -- b, and (b)", None),
         ("a (red:1.3) [cat], <cat> at 12:30 {in set} f/1.4 snake_case (C++), 3, 4", None),
     ],
 )

@@ -58,7 +58,11 @@ def check_names(sampler: str | None, spacing: str | None, guidance: str | None) 
         for word in guidance.split():
             if not _is_number(word):
                 name = Spec.parse(word).name
-                _check("guidance", GUIDANCE_NAMES.get(name, name), choices)
+                if (name := GUIDANCE_NAMES.get(name, name)) not in choices:
+                    raise UserError(
+                        f"--guidance {quoted(guidance)}: expected a number, the scale (0 to 1 is "
+                        f"off), alone or as in '2 interval'; {unknown('guidance', name, choices)}"
+                    )
 
 
 def guidance_names() -> list[str]:

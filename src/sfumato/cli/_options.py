@@ -456,7 +456,7 @@ class RunOptions(ModelOptions):
     """Dtype of the weights and the computation: bf16 and fp16 take half the memory."""
     device: Annotated[str | None, unset("cpu")] = None
     """Device: cpu, cuda, cuda:1 ..."""
-    memory: Annotated[str | None, unset("all weights in memory")] = None
+    memory: Annotated[str | None, unset("all weights in memory", metavar="SIZE")] = None
     """Memory limit, such as 3GB: streams the weights, slower (needs: `sfumato info MODEL`)."""
     batch: Annotated[int | None, unset("as many as fit into memory")] = None
     """Largest batch of a network call. Images do not depend on it (in fp32, on the CPU)."""

@@ -261,6 +261,8 @@ def _choices(part: Any) -> list[str]:
     return list(map(str, get_args(part))) if get_origin(part) is Literal else []
 
 
+_NAMED = {"SIZE": "a size such as 3GB"}
+"""Words for the values of a flag by its name of them in the help."""
 _KINDS = {int: "a whole number", float: "a number", bool: "True or False", Path: "a path"}
 
 
@@ -274,9 +276,16 @@ def _expected(hint: Any, none: bool) -> str:
             kinds = {"INT": "a whole number", "GUIDANCE": "a number, or one with parts (3 ramp)"}
             names += [kinds.get(word, word) for word in reader.metavar.split("|")]
         else:
-            names += _choices(part) or [_KINDS.get(part, "a text")]
+            names += _choices(part) or [_NAMED.get(_note(hint) or "") or _KINDS.get(part, "a text")]
     names = list(dict.fromkeys(names))
     return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _note(hint: Any) -> str | None:
+    """The name of a flag's values that its declaration sets for the help."""
+    notes = hint.__metadata__ if hasattr(hint, "__metadata__") else ()
+    words = (getattr(note, "metavar", None) for note in notes)
+    return next((word for word in words if word is not None), None)
 
 
 def _metavar(hint: Any) -> str:

@@ -48,11 +48,17 @@ def mask_pixels(
             refuses.
     """
     if isinstance(mask, pil.Image):
+        stored = (mask.height, mask.width)
         mask = read_mask(mask)
         if mask.shape[2:] != pixels.shape[2:]:
+            turned = ""
+            if stored == pixels.shape[2:]:
+                turned = "; the mask's EXIF orientation turned it: save the mask upright"
+            elif mask.shape[2:] == pixels.shape[:1:-1]:
+                turned = "; the EXIF orientation of an image is applied: draw the mask upright"
             raise UserError(
                 f"a mask of height {mask.shape[2]} and width {mask.shape[3]} for an image of "
-                f"{pixels.shape[2]} and {pixels.shape[3]}: expected the same size"
+                f"{pixels.shape[2]} and {pixels.shape[3]}: expected the same size{turned}"
             )
     fits = mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2:] == pixels.shape[2:]
     if not fits or not mask.is_floating_point():

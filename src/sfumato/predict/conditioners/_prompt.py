@@ -50,7 +50,9 @@ _FOREIGN = re.compile(
       | \bembedding:[\w.-]+                  # a learned word (ComfyUI)
       | __[\w/*-]+__ | \{[^{}]*\|[^{}]*\}    # a word of a list (wildcards)
       | :\s*[+-]?\d+,\d+\s*\)               # a weight with a comma
-      | \)\d*\.\d+                         # a weight of compel
+      | \)\d*\.\d+                         # weights and functions of compel
+      | (?:[^\W\d_]{2,}|\))(?:\+\++|--+)(?=[\s,.;)]|$) | \)[+-](?=[\s,.;)]|$)
+      | \.(?:blend|and|swap)\(
     """,
     re.VERBOSE,
 )
