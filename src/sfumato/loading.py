@@ -175,6 +175,8 @@ def open_model(source: str | Path, options: LoadOptions) -> LatentDiffusion:
         model = _open_file(path, options)
     elif path.is_dir():
         model = assemble(folders.read(path, name or path.name, options), options)
+    elif reason := hub.explain(str(source)):
+        raise UserError(f"model {str(source)!r} {reason}")
     else:
         raise UserError(
             f"model {str(source)!r} was not found: expected a bundled name "

@@ -3,6 +3,7 @@ repositories that cannot be read.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import sfumato
 from helpers.hub import COMMIT, Hub, Repository, point_to, serve
 from helpers.pipelines import save_pipelines, tiny_pipeline
-from sfumato.checkpoints.hub import HubId, download, download_headers, parse_id
+from sfumato.checkpoints.hub import HubId, download, download_headers, explain, parse_id
 from sfumato.cli import main
 from sfumato.errors import UserError
 
@@ -401,3 +402,39 @@ def test_shards_that_the_cache_lacks(
     point_to("http://127.0.0.1:9", monkeypatch)
     with pytest.raises(UserError, match=rf"it lacks text_encoder_2/{NEW[1]}.*cannot be reached"):
         sfumato.load("a/sharded", variant="fp16")
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("https://huggingface.co/a/b", "write a/b"),
+        ("https://huggingface.co/a/b/?library=diffusers#files", "write a/b"),
+        ("hf.co/a/b", "write a/b"),
+        ("hf://a/b", "write a/b"),
+        ("https://huggingface.co/a/b.git", "write a/b"),
+        ("a/b/", "write a/b"),
+        ("a/b@", "write a/b"),
+        ("https://huggingface.co/a/b/tree/main", "write a/b"),
+        ("https://huggingface.co/a/b/tree/fp16", "write a/b@fp16"),
+        ("https://huggingface.co/a/b/tree/main/unet", "`hf download a/b unet` and"),
+        ("https://hf.co/a/b/blob/main/m.safetensors", "`hf download a/b m.safetensors` and"),
+        ("https://hf.co/a/b/resolve/v1/c/m.gguf", "`hf download a/b c/m.gguf --revision v1` and"),
+        ("a/b/m.safetensors", "`hf download a/b m.safetensors` and"),
+        ("https://huggingface.co/", "write its id, as owner/name"),
+        ("https://huggingface.co/datasets/a/b", "one of the Hub's datasets"),
+        ("https://example.com/models/1", "a site other than the Hub"),
+        ("file:///m/a", "write its path, /m/a"),
+    ],
+)
+def test_what_to_write_in_place_of_a_url(source: str, words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        sfumato.load(source)
+    assert str(caught.value).startswith(f"model {source!r} ")
+    assert words != "write a/b" or str(caught.value).endswith(words)
+
+
+def test_paths_of_this_machine_are_no_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    for path in ("runs/a/model", "runs/a/", "./a/b/c", "/a/b/c", "~/a/b", "a", "C:\\a\\b", ""):
+        assert explain(path) is None, path

@@ -201,6 +201,10 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         "not a whole safetensors file.*truncated",
     ),
     "truncated header": (content(FILE, lambda b: b[:20]), "not a whole safetensors file"),
+    "a header length that lies": (
+        content(FILE, lambda b: (2**62).to_bytes(8, "little") + b[8:]),
+        r"not a whole safetensors file \(.*truncated",
+    ),
     "empty weights": (content(FILE, lambda b: b""), "not a whole safetensors file"),
     "a web page instead": (
         content(FILE, lambda b: b"<!doctype html><title>Not found</title>" * 9),
@@ -218,6 +222,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         content(INDEX, lambda b: b"[1, 2]"),
         "holds a list: expected a JSON object",
     ),
+    "an empty index": (content(INDEX, lambda b: b"{}"), "names no parts: expected at least vae"),
     "index lacks a part": (
         change(INDEX, lambda v: v.pop("unet")),
         "expected at least vae and unet",

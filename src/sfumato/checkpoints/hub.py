@@ -38,6 +38,8 @@ from sfumato.io.safetensors import choose_weights, no_weights, shard_names
 log = logging.getLogger("sfumato")
 
 _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.+))?")
+_SITE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf:(?://)?|git@hf\.co:")
+_URL = re.compile(r"[A-Za-z][\w+.-]+://")
 _SMALL = (".json", ".txt", ".model", ".jinja")
 """Endings of configs and tokenizers."""
 _METADATA, _LARGEST_HEADER = "__metadata__", 100_000_000
@@ -79,6 +81,46 @@ def parse_id(source: str, revision: str | None = None) -> HubId | None:
             f"model {source!r} with revision {revision!r}: expected one revision; leave one out"
         )
     return HubId(match[1], match[2] or revision)
+
+
+def explain(source: str) -> str | None:
+    """Explain what to write for a text that means a model elsewhere, but is no id of the Hub.
+
+    Args:
+        source: A URL, an id with a slash or @ at its end, or one with a file or folder behind it,
+            for which no file is there.
+
+    Returns:
+        A clause; None for other texts.
+    """
+    site = _SITE.match(source)
+    if site is None and (url := _URL.match(source)):
+        if url[0].lower() == "file://":
+            return f"is a URL: write its path, {source[url.end() :]}"
+        return "is a URL of a site other than the Hub: download the file and give its path"
+    text = source if site is None else re.split("[?#]", source[site.end() :])[0]
+    parts = [part for part in text.split("/") if part]
+    if site is not None and parts[:1] in (["datasets"], ["spaces"]):
+        return f"names one of the Hub's {parts[0]}: expected a model, as owner/name"
+    name = "/".join(parts[:2]).removesuffix(".git").removesuffix("@")
+    if len(parts) < 2 or not _ID.fullmatch(name):
+        return None if site is None else "names no model of the Hub: write its id, as owner/name"
+    if site is None and (source.startswith((".", "/", "~")) or Path(parts[0]).exists()):
+        return None  # a path of this machine
+    if site is not None and len(parts) > 3 and parts[2] in ("blob", "resolve", "raw", "tree"):
+        revision, parts = parts[3], parts[:2] + parts[4:]
+    else:
+        revision = "main"
+    at = "" if revision == "main" else f"@{revision}"
+    missing = "" if site else "is no file or folder here and "
+    if len(parts) == 2:
+        return f"{missing}is no id of the Hub: write {name}{at}"
+    option = "" if revision == "main" else f" --revision {revision}"
+    inside = "/".join(parts[2:])
+    return (
+        f"{missing}names a part of a repository: download it by `hf download {name} {inside}"
+        f"{option}` and give its path, or write {name}{at} for the whole model"
+    )
 
 
 def download(source: HubId, variant: str | None = None, replaced: Collection[str] = ()) -> Path:

@@ -157,7 +157,12 @@ def first_words(start: bytes) -> bytes:
 
 
 def _is_plain_text(start: bytes) -> bool:
-    """Return True for UTF-8, nearly all of which can be shown; the last letter may be cut."""
+    """Return True for UTF-8, nearly all of which can be shown; the last letter may be cut.
+
+    A zero byte is that of numbers, as in the header of a safetensors file.
+    """
+    if 0 in start:
+        return False
     text = start.decode("utf-8", "replace")
     shown = sum((c.isprintable() or c in "\t\r\n") and c != "\ufffd" for c in text)
     return shown > 0.95 * len(text)

@@ -336,7 +336,7 @@ def read(path: Path, name: str, options: LoadOptions) -> Checkpoint:
     if options.transformer is not None and part != "unet":
         part = "transformer"
     if part is None or vae not in index:
-        names = ", ".join(k for k in index if not k.startswith("_"))
+        names = ", ".join(k for k in index if not k.startswith("_")) or "no parts"
         raise UserError(
             f"{path}/model_index.json names {names}: "
             f"expected at least {vae} and {' or '.join(NETWORKS)}"
