@@ -426,7 +426,7 @@ def test_shards_that_the_cache_lacks(
         ("file:///m/a", "write its path, /m/a"),
     ],
 )
-def test_what_to_write_in_place_of_a_url(source: str, words: str) -> None:
+def test_urls_are_refused_with_the_id_or_path_to_write(source: str, words: str) -> None:
     with pytest.raises(UserError, match=re.escape(words)) as caught:
         sfumato.load(source)
     assert str(caught.value).startswith(f"model {source!r} ")
