@@ -13,6 +13,7 @@ from PIL import Image
 from sfumato.data import Transform, images, open_images, pixel_cache
 from sfumato.data.pixel_cache import PixelCache, PixelStore
 from sfumato.errors import UserError
+from sfumato.io.atomic import read_tensors
 
 
 def fill(root: Path, count: int = 6, grey: int | None = None, seed: int = 0) -> Path:
@@ -223,3 +224,28 @@ def test_arrays_take_no_room_in_the_cache(tmp_path: Path) -> None:
     pixels = np.zeros((18, 12, 16), np.uint8)
     images.build(images.Listing("array", pixels, str), Transform(SIDE), "raise", cache)
     assert files and sorted(cache.place.rglob("*.safetensors")) == files
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_pixels_that_changed_on_the_disk_are_decoded_again(
+    in_memory: bool, tmp_path: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    folder, cache = fill(tmp_path / "data"), PixelCache(tmp_path / "cache")
+    before = open_images(folder, size=8, cache=cache).batch(range(6))["image"].clone()
+    (shard,) = (tmp_path / "cache").rglob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    values = read_tensors(shard)["pixels"].numpy().tobytes()
+    place = bytes(data).index(values) + 700
+    data[place] ^= 16  # one bit of one value
+    shard.unlink()  # the first set has it mapped
+    shard.write_bytes(data)
+    decoded.clear()
+    if in_memory:
+        monkeypatch.setattr(images, "MEMORY_LIMIT", 1 << 30)
+    again = open_images(folder, size=8, cache=cache)
+    assert torch.equal(again.batch(range(6))["image"], before)
+    assert decoded == [1] and caplog.text.count("has changed on the disk") == 1
+    monkeypatch.setattr(images, "MEMORY_LIMIT", 0)
+    open_images(folder, size=8, cache=cache)
+    assert torch.equal(open_images(folder, size=8, cache=cache).batch(range(6))["image"], before)

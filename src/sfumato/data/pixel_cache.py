@@ -1,15 +1,18 @@
 """Resized pixels on disk, so that large originals are decoded once and not at every step.
 
-    folder/KEY[:16]/NAME.safetensors   "pixels" uint8 (n, c, H, W), "content" and "digest" (n, 32)
+    folder/KEY[:16]/NAME.safetensors   "pixels" uint8 (n, c, H, W), "content" and "digest" (n, 32),
+                                       "crc" int64 (n,): the CRC-32 of each image's pixels
     KEY = hash(transform, sizes, format)     content = SHA-256 of the original's bytes
 
 An image is found by its content: a file that is replaced, even by one of equal size and time, is
 decoded again, and one that moved is not. Shards are written whole, so that a stopped run goes on
-behind its last one, and are memory-mapped. The least recently used shards make room for new ones.
+behind its last one, and are memory-mapped. The least recently used shards make room for new ones. A
+shard whose bits have changed on the disk is removed, and its images are decoded again.
 """
 
 import logging
 import os
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -66,6 +69,7 @@ class _Place:
 
     path: Path
     row: int
+    crc: int | None
 
 
 CACHE = PixelCache()
@@ -100,10 +104,12 @@ class PixelStore:
             tensors = read_tensors(path)
             contents, digests = tensors["content"].numpy(), tensors["digest"].numpy()
             self._shards[path] = tensors["pixels"]
+            crcs = tensors["crc"].tolist() if "crc" in tensors else None  # earlier: none
         except (UserError, KeyError):  # removed by another process, or damaged
             return
         for row, content in enumerate(contents):
-            self._rows[content.tobytes()] = _Place(path, row)
+            crc = None if crcs is None else crcs[row]
+            self._rows[content.tobytes()] = _Place(path, row, crc)
             self._digests[content.tobytes()] = digests[row].copy()
 
     def find(self, content: bytes) -> tuple[np.ndarray, np.ndarray] | None:
@@ -111,8 +117,23 @@ class PixelStore:
         place = self._rows.get(content)
         if place is None:
             return None
+        pixels = self._shards[place.path][place.row].numpy()
+        if place.crc is not None and zlib.crc32(pixels.tobytes()) != place.crc:
+            self._forget(content, place.path)
+            return None
         self._used.add(place.path)
-        return self._shards[place.path][place.row].numpy(), self._digests[content]
+        return pixels, self._digests[content]
+
+    def _forget(self, content: bytes, path: Path) -> None:
+        """Leave out an image whose pixels are damaged, and delete their shard.
+
+        The shard stays mapped for its other images, which the next start decodes.
+        """
+        self._rows.pop(content, None)
+        if path.exists():
+            logger.warning("%s has changed on the disk: its images are decoded again", path)
+        with suppress(OSError):  # a cache that can only be read
+            path.unlink(missing_ok=True)
 
     def reserve(self, size: int, title: str) -> None:
         """Begin to write, if so many bytes find room; else say that they do not.
@@ -187,6 +208,7 @@ class PixelStore:
             "pixels": torch.from_numpy(np.stack([pixels for _, _, pixels in group])),
             "content": torch.from_numpy(contents),
             "digest": torch.from_numpy(np.stack([digest for _, digest, _ in group])),
+            "crc": torch.tensor([zlib.crc32(pixels.tobytes()) for _, _, pixels in group]),
         }
         path = self.folder / f"{hash_bytes(contents.tobytes())[:32]}.safetensors"
         try:
