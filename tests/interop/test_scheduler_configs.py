@@ -927,6 +927,7 @@ NOTED: list[tuple[str, dict[str, Any], str, str]] = [
     ),
     ("UniPCMultistep", {"predict_x0": False}, "unipc", "predict_x0=False"),
     ("UniPCMultistep", {"disable_corrector": [3]}, "unipc:corrector=false", "disable_corrector"),
+    ("UniPCMultistep", {"disable_corrector": [0, 1]}, "unipc:corrector=false", "out of all steps"),
     ("SASolver", {"algorithm_type": "noise_prediction"}, "sa_solver", "noise_prediction"),
     ("SASolver", {"tau_func": "t"}, "sa_solver", "tau_func is left out"),
     (

@@ -288,7 +288,8 @@ def _unipc(name: str, values: Mapping[str, Any], notes: list[str]) -> str:
         )
     if values["solver_p"] is not None:
         notes.append("solver_p is not here: UniPC's own predictor is taken in its place")
-    if uncorrected and list(uncorrected) != list(range(len(uncorrected))):
+    # A list of the first steps means all of them only where it is as long as a usual run.
+    if uncorrected and list(uncorrected) != list(range(max(20, len(uncorrected)))):
         notes.append(
             f"disable_corrector={list(uncorrected)!r}: the corrector is left out of all steps"
         )
