@@ -7,7 +7,7 @@ prompts.
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,19 @@ from PIL import Image
 
 import sfumato
 from helpers import captioned_images, clip_encoders
+from sfumato.cli import main
 from sfumato.compress.tiny import AutoencoderTiny
 from sfumato.errors import UserError
 from sfumato.io.atomic import hash_tensors
 from sfumato.predict.conditioners.base import Conditioner
+from sfumato.predict.conditioners.sentence_text import SentenceText
 from sfumato.predict.networks.dit import DiTConfig
 from sfumato.predict.networks.modern_dit import ModernDiT, ModernDiTConfig
+from sfumato.predict.text_encoders.bert import load_tokenizer
 from sfumato.sampling import Defaults
+from sfumato.train.conditions.base import WordsConfig
 from sfumato.train.conditions.captions import Captions, open_text_conditioner
+from sfumato.train.conditions.words import Words, train_tokenizer
 from sfumato.train.loop import LoopSettings
 from sfumato.train.objective import Draw
 from sfumato.train.recipe import DataSettings, DenoiserRecipe
@@ -270,3 +275,105 @@ def test_bad_recipes_are_explained(
             made = replace(made, **{name: value if name == "network" else place / value})
     with pytest.raises(UserError, match=words):
         made.run(tmp_path / "run")
+
+
+# ---- a text transformer of its own ---------------------------------------------------------------
+
+
+SMALL_WORDS = WordsConfig(layers=1, width=16, heads=2, vocabulary=120, length=8)
+
+
+def words_recipe(place: Path, **changes: Any) -> DenoiserRecipe:
+    return replace(recipe(place, **changes), text=None, words=SMALL_WORDS)
+
+
+def test_a_text_transformer_is_trained_with_the_network(place: Path, tmp_path: Path) -> None:
+    """It learns, its pieces are the captions', and the model reads prompts by it."""
+    model = sfumato.load(words_recipe(place).run(tmp_path / "run"))
+    assert isinstance(model.conditioner, SentenceText)
+    untrained = words_of(place, tmp_path / "run")
+    torch.manual_seed(0)
+    before = untrained.wrap(model.denoiser.network).state_dict()  # pyright: ignore
+    after = model.conditioner.encoder.model.state_dict()
+    key = "encoder.layer.0.attention.self.query.weight"
+    assert not torch.equal(before[f"text.{key}"], after[key])
+    pieces = model.conditioner.encoder.tokenizer.tokenize(WORDS[0])
+    assert pieces == WORDS[0].lower().split(), "frequent words are whole pieces"
+    one, two = (
+        np.asarray(model.generate(words, seed=1)[0], dtype=float) for words in (WORDS[0], WORDS[1])
+    )
+    assert np.abs(one - two).max() > 0, "the words make no difference"
+    model.save(tmp_path / "again")
+    assert sfumato.load(tmp_path / "again").hash == model.hash
+    lines = (tmp_path / "run" / "denoiser" / "log.jsonl").read_text()
+    assert "held_out/loss" in lines
+
+
+def words_of(place: Path, run: Path) -> Words:
+    return Words.of_run(run, {**asdict(SMALL_WORDS)})
+
+
+def test_training_and_the_finished_model_read_a_caption_alike(place: Path, tmp_path: Path) -> None:
+    """The network's output for ids of pieces is that for the conditioner's tokens."""
+    train_tokenizer(WORDS, 120, tmp_path / "words")
+    captions = [WORDS[0], (WORDS[1], "a red dog that runs on and on and on and on"), ""]
+    words = Words(captions, load_tokenizer(tmp_path / "words"), SMALL_WORDS)
+    spy = Spy()
+    joint = words.wrap(spy).eval()
+    x, t = torch.zeros(4, 2, 4, 4), torch.ones(4)
+    joint(x, t, words.from_labels(torch.arange(4)))
+    network, conditioner = words.unwrap(joint)
+    assert network is spy
+    with torch.inference_mode():
+        expected = conditioner([WORDS[0], WORDS[1], captions[1][1], ""])
+    seen = spy.conditioning
+    assert seen is not None and seen.tokens is not None and expected.tokens is not None
+    assert seen.mask is not None and expected.mask is not None
+    for row in range(4):
+        kept = seen.mask[row]
+        assert int(kept.sum()) == int(expected.mask[row].sum())
+        torch.testing.assert_close(
+            seen.tokens[row][kept], expected.tokens[row][expected.mask[row]], rtol=1e-4, atol=1e-5
+        )
+    assert int(seen.mask[2].sum()) == 8, "a longer caption is cut"
+    spy.conditioning.tokens.sum().backward()  # pyright: ignore
+    assert all(p.grad is not None for n, p in joint.named_parameters() if "text.encoder" in n)
+
+
+def test_word_pieces_follow_from_the_texts_alone(tmp_path: Path) -> None:
+    texts = [f"{a} {b}" for a in ("red", "green", "blüe", "dark red") for b in ("apple", "pear")]
+    for name, order in (("one", texts), ("two", texts[::-1])):
+        train_tokenizer(order, 40, tmp_path / name)
+    one, two = (load_tokenizer(tmp_path / name) for name in ("one", "two"))
+    assert one.get_vocab() == two.get_vocab() and len(one) == 40
+    assert "blue" in one.decode(one("BLÜE")["input_ids"]) and "[UNK]" in one.tokenize("xyz")
+
+
+class Spy(torch.nn.Module):
+    """A network that keeps its conditioning."""
+
+    conditioning: Conditioning | None = None
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        self.conditioning = cond
+        return x
+
+
+def test_a_run_with_a_text_transformer_resumes_and_exports(place: Path, tmp_path: Path) -> None:
+    loop = replace(LOOP, decay="constant")
+    replace(words_recipe(place), loop=replace(loop, steps=2)).run(tmp_path / "parts")
+    assert main(["train", "export", str(tmp_path / "parts"), "--out", str(tmp_path / "two")]) == 0
+    half = sfumato.load(tmp_path / "two")
+    assert half.hash == sfumato.load(tmp_path / "parts" / "model").hash
+    whole = replace(words_recipe(place), loop=loop)
+    parts, once = (sfumato.load(whole.run(tmp_path / name)).hash for name in ("parts", "once"))
+    assert parts == once != half.hash
+
+
+def test_two_text_encoders_are_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"words\.layers=1 trains a text transformer, and text=.*t5"
+    ):
+        replace(words_recipe(place), text=place / "t5").run(tmp_path)
+    with pytest.raises(UserError, match=r"words\.width=10 does not divide among words\.heads=4"):
+        WordsConfig(width=10)

@@ -11,7 +11,6 @@ from torch import nn
 from sfumato.compress.base import Autoencoder
 from sfumato.errors import WRONG, UserError
 from sfumato.io.host_memory import total_bytes
-from sfumato.predict.networks.base import Network
 from sfumato.train.conditions.base import Condition
 from sfumato.train.loop import LoopSettings
 from sfumato.train.objectives.autoencoder import AutoencoderObjective
@@ -118,11 +117,13 @@ def check_loss(objective: AutoencoderObjective) -> None:
 
 
 @torch.no_grad()
-def check_denoiser(network: Network, condition: Condition, shapes: Sequence[Sequence[int]]) -> None:
-    """Raise `UserError` unless a network takes latents of these shapes (C, h, w)."""
+def check_denoiser(
+    network: nn.Module, condition: Condition, shapes: Sequence[Sequence[int]], config: Any
+) -> None:
+    """Raise `UserError` unless a network of a config takes latents of these shapes (C, h, w)."""
     training = network.training
     for shape in {tuple(shape) for shape in shapes}:
-        with possible(network.config, f"take latents of {'x'.join(map(str, shape))}"):
+        with possible(config, f"take latents of {'x'.join(map(str, shape))}"):
             network.eval()(torch.zeros(1, *shape), torch.ones(1), condition.null(1))
     network.train(training)
 

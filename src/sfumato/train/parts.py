@@ -10,7 +10,7 @@ A path in the run's folder is relative to it, so that the run can be moved.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from sfumato.registry import find
 from sfumato.sampling import Defaults
 from sfumato.train import checkpoint
 from sfumato.train.conditions.captions import open_text_conditioner
+from sfumato.train.conditions.words import Words
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,15 @@ def export_model(run: str | Path, out: str | Path | None = None, overwrite: bool
     parts = parts_from(source, stage.parent)
     config = dict(source["network"])
     network = build(registered()[config["_class_name"]][1].from_dict(config))
-    step = checkpoint.load_average(stage / "checkpoints", network)
+    words = source.get("words")
+    condition = None if words is None else Words.of_run(stage.parent, words)
+    trained = network if condition is None else condition.wrap(network)
+    step = checkpoint.load_average(stage / "checkpoints", trained)
     place = place or _free(stage.parent / f"model-{step}", overwrite)
-    parts.model(network.eval()).save(place)
+    if condition is not None:
+        parts = replace(parts, conditioner=condition.unwrap(trained)[1])
+    trained.eval()
+    parts.model(network).save(place)
     return place
 
 
@@ -169,6 +176,8 @@ def parts_from(source: Mapping[str, Any], run: Path) -> Parts:
         conditioner = find("predict.conditioners", config["_class_name"]).from_config(config)
     elif text is not None:
         conditioner = open_text_conditioner(text)
+    elif source.get("words") is not None:
+        conditioner = Words.of_run(run, source["words"]).conditioner
     else:
         assert model is not None
         conditioner = model.conditioner

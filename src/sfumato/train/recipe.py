@@ -60,7 +60,7 @@ from sfumato.train.checks import (
     check_memory,
     possible,
 )
-from sfumato.train.conditions import Condition, Source, open_condition
+from sfumato.train.conditions import Condition, Source, WordsConfig, open_condition
 from sfumato.train.history import to_json
 from sfumato.train.initial import (
     fixed_source,
@@ -296,6 +296,8 @@ class DenoiserRecipe:
     """Folder of the text encoder of the captions; none: classes, where there are any.
 
     It is a model's, or a sentence encoder's own."""
+    words: WordsConfig = field(default_factory=WordsConfig)
+    """Text transformer that is trained with the network on the captions; layers 0: none."""
     init: str | None = None
     """Model (name, folder, file or Hub id) with whose weights the run begins.
 
@@ -336,7 +338,9 @@ class DenoiserRecipe:
             )
             accelerator = start(self.loop)
             with accelerator.main_process_first():  # the others find the first one's cache
-                condition = open_condition(Source(images, outline, out, self.text, initial))
+                condition = open_condition(
+                    Source(images, outline, out, self.text, self.words, initial)
+                )
             if outline.learned_variance and self.loss.variance:
                 check_has_vlb(process.schedule)
             with accelerator.main_process_first():
@@ -360,20 +364,25 @@ class DenoiserRecipe:
             defaults = replace(defaults, size=side * space.factor)
         parts = Parts(autoencoder, process, conditioner, defaults, self.name, division.to_json())
         sets = [latents] if isinstance(latents, LatentSet) else latents.sets
-        check_denoiser(network, condition, [s.shape for s in sets])
+        joint = condition.wrap(network)
+        check_denoiser(joint, condition, [s.shape for s in sets], network.config)
         check_memory(self.loop, sets[0].shape)
         count = 80 if self.loop.previews is None else self.loop.previews
         if count:  # an impossible request must not wait for the first preview
             parts.model(network).plan(Request(prompts, seed=0))
 
+        def model_of(trained: nn.Module) -> LatentDiffusion:
+            network, conditioner = condition.unwrap(trained)
+            return replace(parts, conditioner=conditioner).model(network)
+
         def preview(network: nn.Module, step: int) -> Preview:
             shown = [prompts[i % len(prompts)] for i in range(count)]
             columns = max(len(prompts), 8) if len(prompts) <= 20 else 10
-            samples = _samples(parts.model(network), shown)
+            samples = _samples(model_of(network), shown)
             return {}, {"samples": grid(samples, columns=min(columns, count))}
 
         objective = DenoiserObjective(
-            network, process, latents, space, condition, self.loss, preview, held_out
+            joint, process, latents, space, condition, self.loss, preview, held_out
         )
         _log_notes(loop_notes(self.loop, len(images)))
         guidance, conditional = defaults.guidance, conditioner.is_conditional
@@ -385,7 +394,8 @@ class DenoiserRecipe:
             "autoencoder": None if folder is None else _place(folder, out),
             "schedule": self.schedule,
             "parameterization": self.parameterization,
-            "conditioner": condition.record().get("conditioner"),
+            "conditioner": None,
+            **condition.record(),
             "text": None if self.text is None else str(Path(self.text).expanduser().absolute()),
             "init": None if self.init is None else fixed_source(self.init),
             "network": network.to_config(),
@@ -400,7 +410,7 @@ class DenoiserRecipe:
             objective, self.loop, out / "denoiser", resume=resume, change=change, record=record
         )
         if accelerator.is_main_process:
-            parts.model(trained).save(out / "model")
+            model_of(trained).save(out / "model")
             _finish(out / "denoiser", started, len(images), division)
         accelerator.wait_for_everyone()
         return out / "model"
@@ -414,8 +424,11 @@ class DenoiserRecipe:
             )
         if self.text is not None and classes and not begun:
             notes.append(f"text={self.text}: the data's classes are not used, their captions are")
-        if self.text is None and captions and not begun:
-            notes.append("the data's captions are not used: --text FOLDER trains on them")
+        if self.text is None and not self.words.layers and captions and not begun:
+            notes.append(
+                "the data's captions are not used: --text FOLDER trains on them, "
+                "and --words.layers 4 trains a text transformer on them too"
+            )
         if begun:
             names = ("autoencoder", "text", "schedule", "parameterization")
             values = {n: getattr(self, n) for n in names if chosen(self, n)}

@@ -2,9 +2,9 @@
 
 from sfumato.errors import UserError
 from sfumato.registry import find, names
-from sfumato.train.conditions.base import Condition, Source
+from sfumato.train.conditions.base import Condition, Source, WordsConfig
 
-__all__ = ["Condition", "Source", "open_condition"]
+__all__ = ["Condition", "Source", "WordsConfig", "open_condition"]
 
 
 def open_condition(source: Source) -> Condition:

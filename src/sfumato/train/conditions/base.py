@@ -14,14 +14,44 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfumato.data import BucketedImages, ImageSet
+from sfumato.errors import UserError
 from sfumato.model import LatentDiffusion
 from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.networks.base import Network
 from sfumato.train.objective import Draw
+from sfumato.train.settings import check_fields
 from sfumato.types import Conditioning
+from sfumato.validate import whole_number
+
+
+@dataclass(frozen=True)
+class WordsConfig:
+    """A text transformer that is trained with the network, and its own tokenizer."""
+
+    layers: int = 0
+    """Layers; 0: there is none."""
+    width: int = 192
+    heads: int = 4
+    vocabulary: int = 4000
+    """Most word pieces, which are learned from the captions."""
+    length: int = 32
+    """Positions of a caption, the first and last marks among them; longer ones are cut."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        whole_number("words.layers", self.layers, 0, 64)
+        whole_number("words.width", self.width, 8, 4096)
+        whole_number("words.heads", self.heads, 1, 64)
+        whole_number("words.vocabulary", self.vocabulary, 100, 200_000)
+        whole_number("words.length", self.length, 4, 512)
+        if self.width % self.heads:
+            raise UserError(
+                f"words.width={self.width} does not divide among words.heads={self.heads}: "
+                "choose a multiple"
+            )
 
 
 @dataclass(frozen=True)
@@ -33,6 +63,7 @@ class Source:
         network: The network to train, or its outline without weights.
         cache: Folder of the run, for what is encoded once.
         text: Folder of a text encoder; None: the recipe names none.
+        words: Of a text transformer that is trained with the network.
         init: The model whose weights the run begins with; None: none.
     """
 
@@ -40,6 +71,7 @@ class Source:
     network: Network
     cache: Path
     text: Path | None = None
+    words: WordsConfig = WordsConfig()
     init: LatentDiffusion | None = None
 
 
@@ -99,6 +131,14 @@ class Condition(ABC):
     @abstractmethod
     def null(self, count: int) -> Conditioning:
         """The null condition, `count` times."""
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """The network that is trained: with the condition's own weights, where it has some."""
+        return network
+
+    def unwrap(self, trained: nn.Module) -> tuple[nn.Module, Conditioner]:
+        """The network and the conditioner of a trained or averaged `wrap`."""
+        return trained, self.conditioner
 
     def identity(self) -> dict[str, Any]:
         """JSON of everything that decides the conditionings, for a resumed run."""

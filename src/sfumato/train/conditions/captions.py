@@ -1,15 +1,9 @@
 """Captions of the data, encoded once before the first step by a frozen text encoder."""
 
 import logging
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, final
-
-import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from sfumato.checkpoints.formats.folder import read_index
 from sfumato.data import ImageSet
@@ -21,9 +15,8 @@ from sfumato.predict.conditioners import text_conditioner_class, text_encoder_cl
 from sfumato.predict.conditioners.base import Conditioner
 from sfumato.predict.conditioners.clip_text import ClipText
 from sfumato.predict.conditioners.sentence_text import SentenceText
-from sfumato.predict.networks.base import Network
-from sfumato.train.conditions.base import Condition, Source
-from sfumato.train.objective import Draw
+from sfumato.train.conditions._texts import Choices, Texts, texts_of, trimmed
+from sfumato.train.conditions.base import Source
 from sfumato.types import Conditioning
 
 logger = logging.getLogger(__name__)
@@ -35,12 +28,10 @@ TABLE = ("tokens", "mask", "vector")
 
 
 @final
-class Captions(Condition):
+class Captions(Texts):
     """The conditionings of N images' captions; no text encoder runs in training.
 
-    An image may have several captions: each visit draws one of them. Positions that neither a
-    caption nor the empty prompt uses are cut off, which changes no result: a mask hides them. A
-    conditioner without a mask keeps all.
+    A conditioner without a mask keeps all positions.
 
     Args:
         conditioner: The text conditioner. Brackets in captions are text, also where they weigh
@@ -55,40 +46,27 @@ class Captions(Condition):
     """
 
     name = "captions"
-    rank = 0
+    rank = 1
 
     def __init__(
         self,
         conditioner: Conditioner,
-        captions: Sequence[str | tuple[str, ...]],
+        captions: Choices,
         batch_size: int = 64,
         cache: Path | None = None,
     ):
-        if not captions:
-            raise UserError("no captions: expected one an image")
-        self.conditioner, self._cache = conditioner, cache
-        choices = [(c,) if isinstance(c, str) else c for c in captions]
-        self.prompts = [text for text, _ in Counter(c[0] for c in choices).most_common(10)]
-        every = [text for texts in choices for text in texts]
-        texts = list(dict.fromkeys(["", *every]))  # the empty prompt is row 0
-        row = {text: index for index, text in enumerate(texts)}
-        self._rows = torch.tensor([row[text] for text in every])
-        self._counts = torch.tensor([len(texts) for texts in choices])
-        self._starts = self._counts.cumsum(0) - self._counts
-        self.several = len(every) > len(choices)
-        self._identity = {
-            "_class_name": "captions",
-            "reader": conditioner.identity(),
-            "weights": hash_tensors(conditioner.tensors()),
-            # one text an image is kept as text: runs of earlier versions go on
-            "captions": hash_json([c[0] if len(c) == 1 else list(c) for c in choices]),
-        }
+        self.conditioner, self._cache, self._batch_size = conditioner, cache, batch_size
+        self._weights = hash_tensors(conditioner.tensors())
+        super().__init__(captions)
+
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        """The states of the frozen encoder, from the cache where it has them."""
         # captions are data: "miku (vocaloid)" weighs nothing
-        plain = conditioner.with_prompt_weights("none")
-        encoder = {"reader": plain.identity(), "weights": self._identity["weights"]}
-        key = hash_json({**encoder, "texts": texts, "batch": batch_size, "format": FORMAT})
-        path = None if cache is None else cache / f"{key[:32]}.safetensors"
-        self._table = _read(path) or _encode(plain, texts, batch_size, path)
+        plain = self.conditioner.with_prompt_weights("none")
+        encoder = {"reader": plain.identity(), "weights": self._weights}
+        key = hash_json({**encoder, "texts": texts, "batch": self._batch_size, "format": FORMAT})
+        path = None if self._cache is None else self._cache / f"{key[:32]}.safetensors"
+        return _read(path) or _encode(plain, texts, self._batch_size, path)
 
     @classmethod
     def open(cls, source: Source) -> Self | None:
@@ -120,7 +98,8 @@ class Captions(Condition):
             assert source.text is not None
             conditioner, place = open_text_conditioner(source.text), f"text={source.text}"
         check_text(conditioner, place)
-        texts = images.caption_choices or images.captions
+        texts = texts_of(images)
+        assert texts is not None
         return cls(conditioner, texts, cache=source.cache / "captions")
 
     def held_out(self, images: ImageSet) -> "Captions":
@@ -128,45 +107,15 @@ class Captions(Condition):
         texts = images.captions or [""] * len(images)
         return type(self)(self.conditioner, texts, cache=self._cache)
 
-    def fields(self, network: Network) -> dict[str, Any]:
-        """The widths of the text's tokens and of its pooled vector."""
-        pooled = self.conditioner.null(1).vector
-        width = None if pooled is None else pooled.shape[1]
-        return network.text_fields(self.conditioner.width, width)
-
-    def __len__(self) -> int:
-        return len(self._counts)
-
-    def choose(self, images: Int[Tensor, " B"], draw: Draw) -> Int[Tensor, " B"]:
-        """Indices of images (B,) -> indices of captions, one of each image's own.
-
-        Nothing is drawn where every image has one caption.
-        """
-        if not self.several:
-            return images
-        share = draw(lambda n, generator: torch.rand(n, generator=generator))
-        counts = self._counts[images]
-        return self._starts[images] + (share * counts).long().clamp(max=counts - 1)
-
-    def batch(self, indices: Int[Tensor, " B"], draw: Draw) -> dict[str, Tensor]:
-        """The index of a caption of each image, as "caption" (B,)."""
-        return {"caption": self.choose(indices, draw)}
-
-    def conditioning(self, batch: Mapping[str, Tensor]) -> Conditioning:
-        """The encoded captions of a batch."""
-        return self.from_labels(batch["caption"].cpu())
-
-    def from_labels(self, labels: Int[Tensor, " B"]) -> Conditioning:
-        """Indices of captions (B,), of all images one after the other -> `Conditioning`."""
-        return self._table[self._rows[labels]]
-
-    def null(self, count: int) -> Conditioning:
-        """The empty prompt, `count` times."""
-        return self._table[torch.zeros(count, dtype=torch.int64)]
-
     def identity(self) -> dict[str, Any]:
         """JSON of everything that decides these conditionings."""
-        return self._identity
+        return {
+            "_class_name": "captions",
+            "reader": self.conditioner.identity(),
+            "weights": self._weights,
+            # one text an image is kept as text: runs of earlier versions go on
+            "captions": hash_json([c[0] if len(c) == 1 else list(c) for c in self.choices]),
+        }
 
 
 def _encode(
@@ -178,7 +127,7 @@ def _encode(
     for start in range(0, len(texts), batch_size):
         parts.append(conditioner([*texts[start : start + batch_size]]))
         report("encoding captions", min(start + batch_size, len(texts)), len(texts))
-    table = _trimmed(Conditioning.cat(parts))
+    table = trimmed(Conditioning.cat(parts))
     if path is not None:
         fields = {name: getattr(table, name) for name in TABLE}
         tensors = {k: v.cpu().contiguous() for k, v in fields.items() if v is not None}
@@ -198,13 +147,6 @@ def _read(path: Path | None) -> Conditioning | None:
     table = Conditioning(tensors.get("tokens"), tensors.get("mask"), tensors.get("vector"))
     logger.info("encoded captions are read from %s", path)
     return table
-
-
-def _trimmed(table: Conditioning) -> Conditioning:
-    if table.tokens is None or table.mask is None:
-        return table
-    used = int(table.mask.any(0).nonzero().max()) + 1
-    return replace(table, tokens=table.tokens[:, :used].clone(), mask=table.mask[:, :used].clone())
 
 
 def open_text_conditioner(folder: str | Path) -> Conditioner:

@@ -29,7 +29,7 @@ class Classes(Condition):
     """
 
     name = "classes"
-    rank = 1
+    rank = 2
     conditioner: ClassConditioner
 
     def __init__(self, conditioner: ClassConditioner, prompts: Sequence[str | None] | None = None):
