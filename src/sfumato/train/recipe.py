@@ -341,6 +341,8 @@ class DenoiserRecipe:
                 condition = open_condition(
                     Source(images, outline, out, self.text, self.words, initial)
                 )
+            # a network that cannot have the condition is refused before anything is encoded
+            fields = {} if initial is not None else condition.fields(outline)
             if outline.learned_variance and self.loss.variance:
                 check_has_vlb(process.schedule)
             with accelerator.main_process_first():
@@ -355,7 +357,7 @@ class DenoiserRecipe:
         defaults = self.defaults
         if initial is None:
             shape = outline.shape_fields(self.network, space.channels, side)
-            config = replace(self.network, **shape, **condition.fields(outline))
+            config = replace(self.network, **shape, **fields)
             network = built(lambda: build(config), config)
         else:
             shape, network = {}, with_classes(outline, initial.class_names, conditioner)
