@@ -711,8 +711,9 @@ def test_a_batch_in_parts_trains_the_weights_of_the_whole(kind: str, tmp_path: P
         for parts in (1, 4)
     ]
     for one, four in zip(*losses, strict=True):
-        for key in (k for k in one if k.endswith("/loss")):
-            assert one[key] == pytest.approx(four[key], rel=1e-3)
+        # the norm shows a sum in place of a mean, which Adam's steps do not
+        for key in (k for k in one if k.endswith(("/loss", "/grad_norm"))):
+            assert one[key] == pytest.approx(four[key], rel=2e-3), key
     with pytest.raises(UserError, match="accumulate=3 parts"):
         LoopSettings(batch_size=4, accumulate=3)
 

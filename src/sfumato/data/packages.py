@@ -10,7 +10,6 @@ if its hash is the one that the code names.
 import hashlib
 import io
 import logging
-import os
 import tarfile
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from urllib.error import URLError
 
 from sfumato.errors import UserError
 from sfumato.io.atomic import atomic_file
+from sfumato.io.paths import cache_folder
 from sfumato.io.progress import report
 
 logger = logging.getLogger(__name__)
@@ -62,23 +62,17 @@ def debian(path: str, sha256: str, title: str) -> Package:
     return Package(tuple(f"{a}/{path}" for a in archives), sha256, f"Debian {title}")
 
 
-def cache_folder() -> Path:
-    """The folder of downloads."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "sfumato" / "packages"
-
-
 def download(package: Package, folder: Path | None = None) -> Path:
     """The file of a package, from the folder of downloads or the network.
 
     Args:
         package: The package.
-        folder: Of downloads, where a file brought by hand is used too; None: `cache_folder`.
+        folder: Of downloads, where a file brought by hand is used too; None: the cache's.
 
     Raises:
         UserError: For a network that gives none, and a file with another hash.
     """
-    path = (folder or cache_folder()) / package.file_name
+    path = (folder or cache_folder("packages")) / package.file_name
     if path.is_file():
         if _hash(path) == package.sha256:
             return path

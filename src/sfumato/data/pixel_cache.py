@@ -27,7 +27,7 @@ from torch import Tensor
 from sfumato.data.transform import to_float
 from sfumato.errors import UserError
 from sfumato.io.atomic import NotWritten, hash_bytes, hash_json, read_tensors, write_tensors
-from sfumato.io.paths import expand_user
+from sfumato.io.paths import cache_folder, expand_user
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,7 @@ class PixelCache:
         """The folder."""
         if self.folder is not None:
             return expand_user(self.folder)
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(base) / "sfumato" / "pixels"
+        return cache_folder("pixels")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -33,6 +32,7 @@ import torch
 
 from sfumato.errors import UserError
 from sfumato.io.atomic import read_table, write_json
+from sfumato.io.paths import cache_folder
 
 LOG = logging.getLogger("sfumato")
 
@@ -85,11 +85,7 @@ def measurements() -> dict[str, dict[str, float]]:
 
 def folder() -> Path:
     """Return the folder of this machine's measurements, a file a kind of layer."""
-    try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # no home
-        base = Path(tempfile.gettempdir())
-    return base / "sfumato" / "kernels" / _machine(torch.get_num_threads())
+    return cache_folder("kernels") / _machine(torch.get_num_threads())
 
 
 def _measures() -> bool:

@@ -347,7 +347,8 @@ class DenoiserRecipe:
                 check_has_vlb(process.schedule)
             with accelerator.main_process_first():
                 latents = _latents(images, autoencoder, out / "latents")
-                shown = others if self.loop.previews != 0 else None
+                measured = self.loop.previews != 0 and not division.shared
+                shown = others if measured else None
                 held_out = _held_out(shown, condition, autoencoder, out / "latents")
         conditioner, prompts = condition.conditioner, condition.prompts
         # cells along a side of a sample; with buckets, of the square's

@@ -119,7 +119,7 @@ def icons(
     Args:
         out: New folder, or one whose set is replaced.
         size: Side of the images in pixels, 32 to 512.
-        packages: Folder of downloaded packages; None: `packages.cache_folder`.
+        packages: Folder of downloaded packages; None: the cache's.
         limit: Only so many drawings of each source; None: all.
 
     Returns:
